@@ -1,0 +1,1 @@
+"""Conversion of dense and homogeneous checkpoints into expert groups."""

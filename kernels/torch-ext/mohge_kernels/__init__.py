@@ -1,0 +1,1 @@
+"""Kernels for experts of different width."""

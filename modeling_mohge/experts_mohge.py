@@ -1,0 +1,205 @@
+"""Fast paths for experts of different width, behind transformers' experts interface.
+
+`MoHGEExperts.forward` is the specification: `hidden_states` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K] in,
+[T, H] out. Ids at or above `num_experts` mark slots to skip. Under expert parallelism ids are local; the experts of a
+rank are numbered like a prefix of all experts, so the tables by id hold there too.
+
+Shapes: S = T K pairs of a token and an expert, G groups, N_g experts of width W_g in group g.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+
+class HeterogeneousExpertsInterface(ExpertsInterface):
+    """
+    What `experts_implementation` means for groups of different width: `"grouped_mm"` is `grouped_mm_forward` below,
+    and any other function in transformers' `ALL_EXPERTS_FUNCTIONS`, each written for experts of one width, runs once
+    for each group.
+    """
+
+    def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
+        function = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
+        if function is default:
+            return default
+        if function is grouped_mm_experts_forward:
+            return grouped_mm_forward
+        return partial(per_group_forward, function=function)
+
+
+class _SortedPairs:
+    """The pairs of a token and an expert, sorted by group and by expert inside it; pairs to skip come last."""
+
+    def __init__(self, keys_TK: torch.Tensor, counts: list[int], keys_per_group: int):
+        self.keys_S, self.order_S = torch.sort(keys_TK.flatten(), stable=True)
+        per_key = torch.zeros(len(counts) * keys_per_group + 1, dtype=torch.int64, device=keys_TK.device)
+        per_key.scatter_add_(0, self.keys_S, torch.ones_like(self.keys_S))
+        per_group = per_key[:-1].view(len(counts), -1)
+        self.offsets = [group[:n].cumsum(0, dtype=torch.int32) for group, n in zip(per_group, counts, strict=True)]
+        self.sizes = torch.cat([per_group.sum(1), per_key[-1:]]).tolist()  # the one wait for the device
+        self.shape_TK = keys_TK.shape
+
+    def gather(self, hidden_states_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The input rows of each group."""
+        return hidden_states_TH.index_select(0, self.order_S // self.shape_TK[1]).split(self.sizes)[:-1]
+
+    def combine(self, rows: list[torch.Tensor], weights_TK: torch.Tensor) -> torch.Tensor:
+        """[T, H]: the weighted sum of each token's output rows."""
+        skipped = rows[0].new_zeros(self.sizes[-1], rows[0].shape[1])
+        position_S = torch.empty_like(self.order_S)
+        position_S[self.order_S] = torch.arange(self.order_S.numel(), device=self.order_S.device)
+        rows_TKH = torch.cat([*rows, skipped]).index_select(0, position_S).view(*self.shape_TK, -1)
+        return (weights_TK.to(rows_TKH.dtype).unsqueeze(1) @ rows_TKH).squeeze(1)
+
+
+def grouped_mm_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """One sort of all pairs, then `torch.nn.functional.grouped_mm` over the experts of each group."""
+    keys_TK = experts.sort_keys(top_k_index)
+    gate_up, down = map(list, zip(*experts.groups(), strict=True))
+    arguments = (hidden_states, keys_TK, top_k_weights, gate_up, down, experts.keys_per_group, experts.hidden_act)
+    # The group sizes must reach the host, which a graph without breaks cannot express: hide it in an operator.
+    output = torch.ops.mohge.grouped_experts(*arguments) if is_torchdynamo_compiling() else _grouped(*arguments)
+    return output.to(hidden_states.dtype)
+
+
+def _grouped(
+    hidden_states: torch.Tensor,
+    keys_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    keys_per_group: int,
+    hidden_act: str,
+) -> torch.Tensor:
+    dtype = gate_up[0].dtype
+    if torch.is_autocast_enabled(hidden_states.device.type):  # grouped_mm does not follow autocast by itself
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    pairs = _SortedPairs(keys_TK, [w.shape[0] for w in gate_up], keys_per_group)
+    rows = []
+    for rows_in, offsets, gate_up_g, down_g in zip(
+        pairs.gather(hidden_states.to(dtype)), pairs.offsets, gate_up, down, strict=True
+    ):
+        gate, up = _grouped_linear(rows_in, gate_up_g.to(dtype), offsets).chunk(2, dim=-1)
+        rows.append(_grouped_linear(ACT2FN[hidden_act](gate) * up, down_g.to(dtype), offsets))
+    return pairs.combine(rows, weights_TK)
+
+
+def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[S, in] rows sorted by expert times [N, out, in]: [S, out]."""
+    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    if aligned and weight.dtype != torch.float64:
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+    return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), offsets)
+
+
+def _register_operators():
+    """`mohge::grouped_experts`, `_grouped` for torch.compile. Its backward computes the forward again."""
+
+    @torch.library.custom_op("mohge::grouped_experts", mutates_args=())
+    def grouped_experts(
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: list[torch.Tensor],
+        down: list[torch.Tensor],
+        keys_per_group: int,
+        hidden_act: str,
+    ) -> torch.Tensor:
+        return _grouped(hidden_states, keys, weights, gate_up, down, keys_per_group, hidden_act)
+
+    @grouped_experts.register_fake
+    def _(hidden_states, keys, weights, gate_up, down, keys_per_group, hidden_act):
+        return hidden_states.new_empty(hidden_states.shape, dtype=gate_up[0].dtype)
+
+    @torch.library.custom_op("mohge::grouped_experts_backward", mutates_args=())
+    def grouped_experts_backward(
+        grad_output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        weights: torch.Tensor,
+        gate_up: list[torch.Tensor],
+        down: list[torch.Tensor],
+        keys_per_group: int,
+        hidden_act: str,
+    ) -> list[torch.Tensor]:
+        inputs = [tensor.detach().requires_grad_() for tensor in (hidden_states, weights, *gate_up, *down)]
+        groups = len(gate_up)
+        with torch.enable_grad():
+            output = _grouped(
+                inputs[0], keys, inputs[1], inputs[2 : 2 + groups], inputs[2 + groups :], keys_per_group, hidden_act
+            )
+        return list(torch.autograd.grad(output, inputs, grad_output))
+
+    @grouped_experts_backward.register_fake
+    def _(grad_output, hidden_states, keys, weights, gate_up, down, keys_per_group, hidden_act):
+        return [torch.empty_like(tensor) for tensor in (hidden_states, weights, *gate_up, *down)]
+
+    def setup_context(ctx, inputs, output):
+        hidden_states, keys, weights, gate_up, down, ctx.keys_per_group, ctx.hidden_act = inputs
+        ctx.groups = len(gate_up)
+        ctx.save_for_backward(hidden_states, keys, weights, *gate_up, *down)
+
+    def backward(ctx, grad_output):
+        hidden_states, keys, weights, *matrices = ctx.saved_tensors
+        gate_up, down = matrices[: ctx.groups], matrices[ctx.groups :]
+        d_hidden, d_weights, *d_matrices = torch.ops.mohge.grouped_experts_backward(
+            grad_output, hidden_states, keys, weights, gate_up, down, ctx.keys_per_group, ctx.hidden_act
+        )
+        return d_hidden, None, d_weights, d_matrices[: ctx.groups], d_matrices[ctx.groups :], None, None
+
+    grouped_experts.register_autograd(backward, setup_context=setup_context)
+
+
+if not hasattr(torch.ops.mohge, "grouped_experts"):  # a checkpoint's own copy of this file may have been first
+    _register_operators()
+
+
+def per_group_forward(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    function: Callable,
+) -> torch.Tensor:
+    """
+    Run `function`, which transformers has for experts of one width, on each group and add up. Pairs of other groups
+    are masked the way expert parallelism masks those of other ranks: local id `N_g` and weight 0.
+
+    Nothing here depends on the routing's values, so it captures in a CUDA graph; the price is that every group sees
+    all T K pairs, which suits decoding and few groups.
+    """
+    keys_TK = experts.sort_keys(top_k_index)
+    output = torch.zeros_like(hidden_states)
+    for group, (gate_up, down) in enumerate(experts.groups()):
+        masked = keys_TK // experts.keys_per_group != group
+        view = SimpleNamespace(
+            gate_up_proj=gate_up,
+            down_proj=down,
+            num_experts=gate_up.shape[0],
+            act_fn=experts.act_fn,
+            has_gate=True,
+            has_bias=False,
+            has_post_expert_norm=False,
+            is_concatenated=True,
+            is_transposed=False,
+            config=experts.config,
+            training=experts.training,
+            _apply_gate=experts._apply_gate,
+            _is_expert_parallel=True,
+        )
+        slots_TK = (keys_TK % experts.keys_per_group).masked_fill(masked, view.num_experts)
+        output = output + function(view, hidden_states, slots_TK, top_k_weights.masked_fill(masked, 0))
+    return output
+
+
+__all__ = ["HeterogeneousExpertsInterface", "grouped_mm_forward", "per_group_forward"]

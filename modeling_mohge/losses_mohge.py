@@ -1,0 +1,212 @@
+"""Router losses, and the counts that losses and reports share.
+
+Shapes: T tokens, E experts, G groups, K experts per token; R segments, the stretches of tokens over which the balance
+losses take their statistics, of S tokens each (T = R S).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .configuration_mohge import ROUTER_COEFFICIENTS, MoHGEConfig
+from .routing_mohge import MoHGERouter, RouterOutput
+
+
+class RouterLosses(NamedTuple):
+    """Router losses of one forward pass."""
+
+    aux_loss: torch.Tensor
+    """Weighted sum of the losses: what is added to the language-model loss in training."""
+    values: dict[str, torch.Tensor]
+    """Value of each loss that is switched on, without its coefficient and schedule, averaged over the layers."""
+    tokens_per_expert: tuple[torch.Tensor, ...]
+    """[E] number of tokens that chose each expert, for each layer, padding left out."""
+
+
+def router_losses(
+    routers: list[MoHGERouter],
+    outputs: list[RouterOutput],
+    token_mask: torch.Tensor,
+    sequence_weights: torch.Tensor | None,
+    progress: torch.Tensor,
+) -> RouterLosses:
+    r"""
+    Router losses of the layers `routers`, averaged over the layers so that coefficients do not depend on depth (the
+    MoHGE release sums over layers).
+
+    The balance losses are products of batch means, so the losses of the parts of a batch do not add up to the loss
+    of the whole. Where the batch is split, over accumulation steps or ranks, each sequence is therefore a segment of
+    its own, and the segments are weighted by `sequence_weights`: any split gives the same loss and gradient.
+
+    Args:
+        routers (`list[MoHGERouter]`): The L routers.
+        outputs (`list[RouterOutput]`): What each of them returned for the B S tokens.
+        token_mask (`torch.Tensor` of shape `[B, S]`): 0 where a token is padding.
+        sequence_weights (`torch.Tensor` of shape `[B]`, *optional*):
+            Each sequence's share of the whole batch. `None` if these B sequences are the whole batch: all tokens
+            are then one segment.
+        progress (`torch.Tensor`): Fraction of training done, or -1 if unknown (every schedule at its end value).
+    """
+    mask = token_mask.to(outputs[0].logits.dtype)
+    if sequence_weights is None:
+        mask, sequence_weights = mask.reshape(1, -1), mask.new_ones(1)
+    sequence_weights = sequence_weights.to(mask.dtype)
+
+    layers = [_layer_losses(router, output, mask) for router, output in zip(routers, outputs, strict=True)]
+    schedules = _schedules(routers[0].config, progress)
+    aux_loss = mask.new_zeros(())
+    values = {}
+    for name in _switched_on(routers[0].config):
+        per_segment = torch.stack([losses[name] for losses, _ in layers]).mean(0)
+        weighted = per_segment @ sequence_weights
+        aux_loss = aux_loss + getattr(routers[0].config, ROUTER_COEFFICIENTS[name]) * schedules.get(name, 1) * weighted
+        values[name] = weighted.detach() / sequence_weights.sum().clamp(min=torch.finfo(mask.dtype).tiny)
+    return RouterLosses(aux_loss, values, tuple(counts.sum(0) for _, counts in layers))
+
+
+def _switched_on(config: MoHGEConfig) -> list[str]:
+    return [name for name, field in ROUTER_COEFFICIENTS.items() if getattr(config, field) > 0]
+
+
+def has_router_losses(config: MoHGEConfig) -> bool:
+    """Whether any router loss is switched on."""
+    return bool(_switched_on(config))
+
+
+def _schedules(config: MoHGEConfig, progress: torch.Tensor) -> dict[str, torch.Tensor]:
+    unknown = progress < 0
+    group = unknown | (progress >= config.group_aux_loss_start)
+    warmup = max(config.router_intra_group_warmup, torch.finfo(progress.dtype).tiny)
+    intra = torch.where(unknown, 1.0, (progress / warmup).clamp(max=1)) if config.router_intra_group_warmup else 1
+    return {"group": group.to(progress.dtype), "intra_group": intra}
+
+
+def _layer_losses(
+    router: MoHGERouter, output: RouterOutput, mask_RS: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The [R] losses that are switched on, and the [R, E] counts of tokens that chose each expert."""
+    config = router.config
+    wanted = _switched_on(config)
+    statistics = _Statistics(router, output, mask_RS)
+    losses = {name: _LOSSES[name](config, statistics) for name in wanted}
+    return losses, statistics.counts_RE
+
+
+class _Statistics:
+    """What the losses of one layer have in common. Frequencies are counts and carry no gradient."""
+
+    def __init__(self, router: MoHGERouter, output: RouterOutput, mask_RS: torch.Tensor):
+        self.router, self.output, self.mask_RS = router, output, mask_RS
+        self.tokens_R1 = mask_RS.sum(1, keepdim=True).clamp(min=1)
+        self.counts_RE = self.add_up(output.index, torch.ones_like(output.weights), router.config.num_experts)
+        self._log_probabilities_TE = None
+
+    @property
+    def log_probabilities_TE(self) -> torch.Tensor:
+        if self._log_probabilities_TE is None:
+            self._log_probabilities_TE = self.router.log_probabilities(self.output.logits, self.output.group_logits)
+        return self._log_probabilities_TE
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the tokens of each segment: [T] -> [R], [T, X] -> [R, X]."""
+        segments = values.view(*self.mask_RS.shape, -1)
+        means = (self.mask_RS.unsqueeze(1) @ segments).squeeze(1) / self.tokens_R1
+        return means if values.dim() == 2 else means.squeeze(1)
+
+    def add_up(self, index_TK: torch.Tensor, values_TK: torch.Tensor, size: int) -> torch.Tensor:
+        """[R, size] sums of the values at each index over the tokens of a segment; index `size` is dropped."""
+        segments = self.mask_RS.shape[0]
+        values = (values_TK.view(*self.mask_RS.shape, -1) * self.mask_RS.unsqueeze(-1)).view(segments, -1)
+        sums = values.new_zeros(segments, size + 1).scatter_add(1, index_TK.view(segments, -1), values)
+        return sums[:, :size]
+
+
+def _load_balancing(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """Switch Transformer (https://huggingface.co/papers/2101.03961, equations 4 to 6), scaled as in transformers:
+    `E sum_e (tokens that chose e / T) P_e`, K where balanced."""
+    return config.num_experts * (s.counts_RE / s.tokens_R1 * s.mean(s.log_probabilities_TE.exp())).sum(-1)
+
+
+def _parameter_penalty(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """HMoE's P-penalty (https://huggingface.co/papers/2408.10681, section 3): the Switch loss with each frequency
+    times the expert's width over the mean width."""
+    widths = torch.tensor(config.expert_widths, dtype=s.counts_RE.dtype, device=s.counts_RE.device)
+    share_RE = s.counts_RE / s.tokens_R1 * (widths / widths.mean())
+    return config.num_experts * (share_RE * s.mean(s.log_probabilities_TE.exp())).sum(-1)
+
+
+def _z(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """ST-MoE's z-loss (https://huggingface.co/papers/2202.08906, equation 5): mean of logsumexp(logits)^2."""
+    return s.mean(s.output.logits.logsumexp(-1).square())
+
+
+def _entropy(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """Mean entropy of the expert probabilities, in nats, which is to be minimised so that routing stays sharp and
+    few experts are activated. HMoE prints `N sum P log P` (section 3), whose minimum is the uniform distribution; its
+    stated purpose is the opposite, and the purpose is what this computes."""
+    return s.mean(_entropy_of(s.log_probabilities_TE))
+
+
+def _intra_group(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """Hi-MoE's specialisation inside groups (https://huggingface.co/papers/2605.08292): `-mean_t sum_e p_e^2`, or the
+    entropy of p."""
+    if config.router_regularizer == "entropy":
+        return s.mean(_entropy_of(s.log_probabilities_TE))
+    return -s.mean((2 * s.log_probabilities_TE).exp().sum(-1))
+
+
+def _inter_group(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """Hi-MoE's balance between groups (https://huggingface.co/papers/2605.08292): `mean_t sum_g (sum_{e in g} p_e)^2`,
+    or minus the entropy of the group masses."""
+    mass_TG = s.log_probabilities_TE.exp() @ s.router.membership_GE.to(s.mask_RS.dtype).T
+    if config.router_regularizer == "entropy":
+        return -s.mean(_entropy_of(mass_TG.clamp(min=torch.finfo(mass_TG.dtype).tiny).log()))
+    return s.mean(mass_TG.square().sum(-1))
+
+
+def _group(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """MoHGE's group-wise loss (https://huggingface.co/papers/2604.23108): `G sum_g r_g f_g P_g` with f the share of
+    choices that kept the group, P the mean softmax of the group logits and `r_g = (W_g - W_min + D) / D`."""
+    widths = torch.tensor(config.moe_intermediate_sizes, dtype=s.mask_RS.dtype, device=s.mask_RS.device)
+    size_factor = (widths - widths.min() + config.group_size_interval) / config.group_size_interval
+    kept_TJ = s.output.group_index
+    ones_TJ = torch.ones_like(kept_TJ, dtype=s.mask_RS.dtype)
+    frequency_RG = s.add_up(kept_TJ, ones_TJ, config.num_groups) / (s.tokens_R1 * config.num_groups_per_tok)
+    probability_RG = s.mean(s.output.group_logits.softmax(-1))
+    return config.num_groups * (size_factor * frequency_RG * probability_RG).sum(-1)
+
+
+def _expert(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
+    """MoHGE's intra-group experts loss (https://huggingface.co/papers/2604.23108): `(E J / G) sum_e f_e P_e` with f
+    the share of choices that fell on the expert, P its mean combine weight before `routed_scaling_factor`.
+    The `"per_group"` form is `N_g sum_{e in g} f P` with f and P divided by their sums over the group, averaged over
+    the groups with traffic."""
+    weight_RE = s.add_up(s.output.index, s.output.weights, config.num_experts) / s.tokens_R1
+    frequency_RE = s.counts_RE / (s.tokens_R1 * config.num_experts_per_tok)
+    if config.router_expert_aux_loss_type == "global":
+        factor = config.num_experts * config.num_groups_per_tok / config.num_groups
+        return factor * (frequency_RE * weight_RE).sum(-1)
+    membership_EG = s.router.membership_GE.to(s.mask_RS.dtype).T
+    traffic_RG, mass_RG = frequency_RE @ membership_EG, weight_RE @ membership_EG
+    counts_G = torch.tensor(config.expert_counts, dtype=s.mask_RS.dtype, device=s.mask_RS.device)
+    tiny = torch.finfo(s.mask_RS.dtype).tiny
+    loss_RG = counts_G * ((frequency_RE * weight_RE) @ membership_EG) / (traffic_RG * mass_RG).clamp(min=tiny)
+    return loss_RG.sum(-1) / (traffic_RG > 0).sum(-1).clamp(min=1)
+
+
+def _entropy_of(log_probabilities: torch.Tensor) -> torch.Tensor:
+    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+_LOSSES = {
+    "load_balancing": _load_balancing,
+    "z": _z,
+    "parameter_penalty": _parameter_penalty,
+    "entropy": _entropy,
+    "intra_group": _intra_group,
+    "inter_group": _inter_group,
+    "group": _group,
+    "expert": _expert,
+}
+
+__all__ = ["RouterLosses", "has_router_losses", "router_losses"]

@@ -1,0 +1,1 @@
+"""Training of MoHGE models with Hugging Face Trainer."""
