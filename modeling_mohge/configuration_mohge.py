@@ -181,21 +181,6 @@ class MoHGEConfig(PreTrainedConfig):
     ]
     attribute_map = {"num_local_experts": "num_experts"}
 
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise_gather_output",  # `qk_norm="hidden"` needs all heads
-        "layers.*.self_attn.k_proj": "colwise_gather_output",
-        "layers.*.self_attn.v_proj": "colwise_gather_output",
-        "layers.*.self_attn.o_proj": "rowwise_split_input",
-        "layers.*.mlp.experts.gate_up_proj_*": "packed_colwise",
-        "layers.*.mlp.experts.down_proj_*": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-        "layers.*.mlp.shared_expert.gate_proj": "colwise",
-        "layers.*.mlp.shared_expert.up_proj": "colwise",
-        "layers.*.mlp.shared_expert.down_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -346,9 +331,62 @@ class MoHGEConfig(PreTrainedConfig):
         return 3 * self.hidden_size * width
 
     @property
+    def expert_id_table(self) -> list[list[int]]:
+        """Id of each expert by group and slot, `[G, max N_g]`; short groups are filled up with `num_experts`."""
+        table = [[self.num_experts] * max(self.expert_counts) for _ in range(self.num_groups)]
+        for expert, (group, slot) in enumerate(self._experts_in_id_order()):
+            table[group][slot] = expert
+        return table
+
+    @property
+    def routed_parameters(self) -> int:
+        """Number of parameters of all routed experts of the model."""
+        return sum(layer.expert_parameters(width) for layer in self.sparse_layers for width in layer.expert_widths)
+
+    @property
     def sparse_layers(self) -> list["MoHGEConfig"]:
         """The config of each layer that has experts, in order (they differ only under `per_layer_config`)."""
         return [self.per_layer_config[i] for i in range(self.num_hidden_layers) if i not in self.mlp_only_layers]
+
+    # Parallel plans name every group's weights, so they depend on the number of groups.
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel style of each module and parameter."""
+        if self.kv_lora_rank is not None:
+            attention = {
+                "q_b_proj" if self.q_lora_rank is not None else "q_proj": "colwise",
+                "kv_a_proj_with_mqa": "mla_kv_a_proj",
+                "kv_b_proj": "colwise",
+                "o_proj": "rowwise",
+            }
+        elif self.qk_norm == "hidden":  # the norm needs all heads
+            attention = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
+            attention["o_proj"] = "rowwise_split_input"
+        else:
+            attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+            if self.qk_norm == "head":
+                attention |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
+        feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+        return (
+            {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
+            | {f"layers.*.mlp.{name}": style for name, style in feed_forward.items()}
+            | {f"layers.*.mlp.shared_expert.{name}": style for name, style in feed_forward.items()}
+            | self._experts_plan("packed_colwise", "rowwise", "moe_tp_experts")
+        )
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Expert-parallel style of the experts and each of their parameters."""
+        return self._experts_plan("heterogeneous_experts", "heterogeneous_experts", "ep_dispatch_experts")
+
+    def _experts_plan(self, gate_up: str, down: str, experts: str) -> dict[str, str]:
+        groups = max((layer.num_groups for layer in self._distinct_layers()), default=0)
+        plan = {}
+        for group in range(groups):
+            plan[f"layers.*.mlp.experts.gate_up_proj_{group}"] = gate_up
+            plan[f"layers.*.mlp.experts.down_proj_{group}"] = down
+        return plan | {"layers.*.mlp.experts": experts}
 
     # Validation. `strict` runs every `validate_*` again when a config is saved.
 
@@ -371,10 +409,10 @@ class MoHGEConfig(PreTrainedConfig):
                 "of tokens"
             )
         if self.kv_lora_rank is not None:
-            for name, ordinary in (("qk_norm", None), ("clip_qkv", None), ("sliding_window", None)):
-                if getattr(self, name) is not ordinary:
+            for name in ("qk_norm", "clip_qkv", "sliding_window"):
+                if getattr(self, name) is not None:
                     raise ValueError(
-                        f"`{name}` does not apply to multi-head latent attention: leave it None, or `kv_lora_rank` None"
+                        f"`{name}` does not apply to multi-head latent attention: leave it or `kv_lora_rank` None"
                     )
             if self.num_key_value_heads != self.num_attention_heads:
                 raise ValueError(
@@ -413,7 +451,7 @@ class MoHGEConfig(PreTrainedConfig):
             raise ValueError("`shared_expert_intermediate_size` is negative: use 0 for no shared expert")
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ValueError(
-                "`shared_expert_gate` needs a shared expert: set `shared_expert_intermediate_size`, or the gate to False"
+                "`shared_expert_gate` needs a shared expert: set `shared_expert_intermediate_size`, or leave it False"
             )
 
     def validate_router(self):
@@ -426,8 +464,8 @@ class MoHGEConfig(PreTrainedConfig):
             raise ValueError(f"`routed_scaling_factor` is {self.routed_scaling_factor}: it must be above 0")
         if self.router_logit_ema_strength and self.router_type != "grouped_top_k":
             raise ValueError(
-                f'`router_logit_ema_strength` works with router_type="grouped_top_k", not "{self.router_type}": set it '
-                "to 0"
+                f'`router_logit_ema_strength` works with router_type="grouped_top_k", not "{self.router_type}": '
+                "set it to 0"
             )
         if not 0 <= self.router_logit_ema_decay < 1:
             raise ValueError(f"`router_logit_ema_decay` is {self.router_logit_ema_decay}: it must be in [0, 1)")
@@ -444,7 +482,7 @@ class MoHGEConfig(PreTrainedConfig):
             raise ValueError(f"`num_experts_per_tok` is {chosen}: it must be 1 to {layer.num_experts} (all experts)")
         if layer.router_type != "two_level" and kept != groups:
             raise ValueError(
-                f"`num_groups_per_tok` ({kept}) applies to router_type=\"two_level\" only: leave it None for "
+                f'`num_groups_per_tok` ({kept}) applies to router_type="two_level" only: leave it None for '
                 f'"{layer.router_type}", which keeps all {groups} groups'
             )
         if not 1 <= kept <= groups:

@@ -1,8 +1,8 @@
 """Fast paths for experts of different width, behind transformers' experts interface.
 
-`MoHGEExperts.forward` is the specification: `hidden_states` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K] in,
-[T, H] out. Ids at or above `num_experts` mark slots to skip. Under expert parallelism ids are local; the experts of a
-rank are numbered like a prefix of all experts, so the tables by id hold there too.
+`MoHGEExperts.forward` is the specification: `hidden_states` [T, H], `top_k_index` [T, K] and `top_k_weights` [T, K]
+in, [T, H] out. Ids at or above `num_experts` mark slots to skip. Under expert parallelism ids are local; the experts
+of a rank are numbered like a prefix of all experts, so the tables by id hold there too.
 
 Shapes: S = T K pairs of a token and an expert, G groups, N_g experts of width W_g in group g.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
 
 
 class HeterogeneousExpertsInterface(ExpertsInterface):
@@ -201,5 +201,30 @@ def per_group_forward(
         output = output + function(view, hidden_states, slots_TK, top_k_weights.masked_fill(masked, 0))
     return output
 
+
+if is_torch_distributed_available():
+    from torch.distributed.tensor import Shard
+    from transformers.distributed.expert_parallel import MoEParamShard
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    class HeterogeneousExpertsShard(MoEParamShard):
+        """Expert-parallel style of one group's stack of weights: each rank holds the same share of every group, and
+        so, in the set-by-set numbering, a contiguous range of ids (MoHGE's all-size group-decoupling allocation)."""
+
+        def __init__(self):
+            super().__init__(Shard(0))
+
+        def shard_param(self, module, param, mesh):
+            count, ranks = module._parameters[param].shape[0], mesh.size()
+            if count % ranks:
+                raise ValueError(
+                    f"`num_experts_per_group`: {param} has {count} experts, which {ranks} ranks cannot share "
+                    "equally: choose an `ep_size` that divides the number of experts of every group"
+                )
+            super().shard_param(module, param, mesh)
+            module.num_experts = len(module.expert_groups) // ranks
+            module._is_expert_parallel = True
+
+    ALL_PARALLEL_STYLES.register("heterogeneous_experts", HeterogeneousExpertsShard())
 
 __all__ = ["HeterogeneousExpertsInterface", "grouped_mm_forward", "per_group_forward"]

@@ -212,15 +212,18 @@ class MoHGEExperts(nn.Module):
         self.hidden_act = config.hidden_act
         self.act_fn = ACT2FN[config.hidden_act]
         self.keys_per_group = max(layer_config.expert_counts)
-        self.register_buffer("key_of_expert", torch.empty(self.num_experts, dtype=torch.long), persistent=False)
+        self.key_of_expert: torch.Tensor
+        self.register_buffer("key_of_expert", self._key_table(), persistent=False)
+
+    def _key_table(self) -> torch.Tensor:
+        return torch.tensor(self.expert_groups) * self.keys_per_group + torch.tensor(self.expert_slots)
 
     @torch.no_grad()
     def init_weights(self, std: float):
         """Draw the weights from a normal distribution and fill the table."""
         for parameter in self.parameters():
             init.normal_(parameter, mean=0.0, std=std)
-        keys = [g * self.keys_per_group + i for g, i in zip(self.expert_groups, self.expert_slots, strict=True)]
-        init.copy_(self.key_of_expert, torch.tensor(keys))
+        init.copy_(self.key_of_expert, self._key_table())
 
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`gate_up_proj` and `down_proj` of each group."""
@@ -238,7 +241,7 @@ class MoHGEExperts(nn.Module):
         """[T, H] -> [T, H]: the weighted sum of the outputs of the experts `top_k_index` [T, K]."""
         final_hidden_states = torch.zeros_like(hidden_states)
         groups = self.groups()
-        # Experts without tokens run on zero rows: their weights need a gradient, or data parallelism would wait for it.
+        # Experts without tokens run on zero rows: data parallelism waits for the gradient of every weight.
         for expert in range(self.num_experts):
             gate_up_proj, down_proj = groups[self.expert_groups[expert]]
             slot = self.expert_slots[expert]
@@ -463,7 +466,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.training_progress: torch.Tensor
-        self.register_buffer("training_progress", torch.empty(()), persistent=False)
+        self.register_buffer("training_progress", torch.tensor(-1.0), persistent=False)
         self._progress_is_known = False
         self.post_init()
 
@@ -545,7 +548,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             if sequence_weights is None and labels is not None:
                 sequence_weights = _share_of_targets(labels, **kwargs)
             routing = _router_outputs(outputs)
-            self._check_schedule_and_gradient(routing)
+            self._warn_of_idle_losses(routing)
             losses = router_losses(
                 self.model.routers,
                 routing,
@@ -562,18 +565,18 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             result.router_logits, result.group_logits = outputs.router_logits, outputs.group_logits
         return result
 
-    def _check_schedule_and_gradient(self, routing: list[RouterOutput]):
+    def _warn_of_idle_losses(self, routing: list[RouterOutput]):
         if not self.training or is_torchdynamo_compiling() or not torch.is_grad_enabled():
             return
         if self.model.routers[0].weight.requires_grad and not routing[0].logits.requires_grad:
-            raise ValueError(
-                "the router losses would get no gradient under reentrant checkpointing: pass "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            logger.warning_once(
+                "The router losses get no gradient under reentrant checkpointing: pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if self.config.router_group_aux_loss_coef and self.config.group_aux_loss_start and not self._progress_is_known:
             logger.warning_once(
-                "`group_aux_loss_start` needs to know how far training is: pass RouterScheduleCallback() to Trainer, or "
-                "use MoHGETrainer. Until then the group-wise loss is active from the first step."
+                "`group_aux_loss_start` needs to know how far training is: pass RouterScheduleCallback() to Trainer, "
+                "or use MoHGETrainer. Until then the group-wise loss is active from the first step."
             )
 
 

@@ -54,33 +54,34 @@ class MoHGERouter(nn.Module):
             self.group_weight = nn.Parameter(torch.empty(config.num_groups, config.hidden_size))
         self._route = getattr(self, f"_route_{config.router_type}")
 
-        counts = config.expert_counts
-        self.equal_groups = min(counts) == max(counts)
+        self.equal_groups = min(config.expert_counts) == max(config.expert_counts)
+        expert_ids_GN, membership_GE = self._tables()
         self.expert_ids_GN: torch.Tensor
         self.membership_GE: torch.Tensor
-        self.register_buffer("expert_ids_GN", torch.empty(len(counts), max(counts), dtype=torch.long), persistent=False)
-        self.register_buffer("membership_GE", torch.empty(len(counts), config.num_experts), persistent=False)
+        self.register_buffer("expert_ids_GN", expert_ids_GN, persistent=False)
+        self.register_buffer("membership_GE", membership_GE, persistent=False)
         self.corrects_logits = config.router_logit_ema_strength > 0
         if self.corrects_logits:
             self.logit_ema_E: torch.Tensor
             self.logit_pending: torch.Tensor
-            self.register_buffer("logit_ema_E", torch.empty(config.num_experts))
+            self.register_buffer("logit_ema_E", torch.zeros(config.num_experts))
             # Sum of the logits since the last optimizer step, and as its last entry the number of tokens in it.
-            self.register_buffer("logit_pending", torch.empty(config.num_experts + 1))
+            self.register_buffer("logit_pending", torch.zeros(config.num_experts + 1))
             self.last_logits_TE: torch.Tensor | None = None
+
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert ids [G, N], E where a group is shorter, and membership [G, E], 1 where the expert is in the group."""
+        groups = torch.tensor(self.config.expert_groups)
+        membership_GE = (groups == torch.arange(self.config.num_groups)[:, None]).float()
+        return torch.tensor(self.config.expert_id_table), membership_GE
 
     @torch.no_grad()
     def init_weights(self, std: float):
-        """Draw the weights from a normal distribution and fill the tables and running means."""
+        """Draw the weights from a normal distribution and fill the buffers."""
         init.normal_(self.weight, mean=0.0, std=std)
         if hasattr(self, "group_weight"):
             init.normal_(self.group_weight, mean=0.0, std=std)
-        config = self.config
-        expert_ids_GN = torch.full(self.expert_ids_GN.shape, config.num_experts)
-        membership_GE = torch.zeros(self.membership_GE.shape)
-        for expert, (group, slot) in enumerate(zip(config.expert_groups, config.expert_slots, strict=True)):
-            expert_ids_GN[group, slot] = expert
-            membership_GE[group, expert] = 1
+        expert_ids_GN, membership_GE = self._tables()
         init.copy_(self.expert_ids_GN, expert_ids_GN)
         init.copy_(self.membership_GE, membership_GE)
         if self.corrects_logits:

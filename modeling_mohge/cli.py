@@ -1,0 +1,83 @@
+"""The `mohge` command. Exit status: 0, 1 when a check failed, 2 for bad usage or input."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+
+from .configuration_mohge import MoHGEConfig
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command with `arguments` (by default those of the process) and return its exit status."""
+    parser = argparse.ArgumentParser(prog="mohge", description="Heterogeneous mixture-of-experts language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="print the group table, total and activated parameters")
+    info.add_argument("source", metavar="CONFIG_OR_FOLDER", help="a config.json, a model folder or a Hub id")
+    info.set_defaults(run=_info)
+    demo = commands.add_parser("demo", help="train, save, reload and sample a small model on real text")
+    demo.set_defaults(run=_demo)
+    _add_demo_arguments(demo)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        print(f"mohge {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _info(options: argparse.Namespace) -> int:
+    from .info import describe
+
+    print(describe(load_config(options.source)))
+    return 0
+
+
+def load_config(source: str) -> MoHGEConfig:
+    """
+    Read a MoHGE config from a JSON file, a model folder or a Hub id.
+
+    Raises:
+        ValueError: if it is no config of a MoHGE model.
+        OSError: if there is nothing to read.
+    """
+    path = Path(source)
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{source} is not JSON ({error}): give a config.json or its folder") from error
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json: give the folder of a saved model")
+    elif not path.exists() and source.count("/") != 1:  # not the form of a Hub id either
+        raise FileNotFoundError(f"{source} does not exist: give a config.json or the folder of a saved model")
+    else:
+        values, _ = MoHGEConfig.get_config_dict(source)
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type != "mohge":
+        raise ValueError(f'{source} has `model_type` "{model_type}", not "mohge": give the config of a MoHGE model')
+    return MoHGEConfig.from_dict(values)
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--router",
+        choices=["two_level", "top_k", "top_p", "grouped_top_k"],
+        default="two_level",
+        help="routing system: MoHGE, HMoE top-k, HMoE top-p or Hi-MoE (default: %(default)s)",
+    )
+    parser.add_argument("--output", help="folder to create for model, plots and page (default: mohge-demo-ROUTER)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from mohge.training.demo import run_demo
+
+    return run_demo(options.router, options.output, options.steps, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

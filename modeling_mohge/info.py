@@ -1,0 +1,107 @@
+"""Parameter counts of a config, exact, without allocating the model."""
+
+from typing import NamedTuple
+
+import torch
+
+from .configuration_mohge import MoHGEConfig
+from .modeling_mohge import MoHGEForCausalLM
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters of a model; a tied embedding counts once."""
+
+    total: int
+    embedding: int
+    """Input embedding and, unless tied, output projection."""
+    routed: int
+    """All routed experts."""
+    activated: int
+    """What a token passes through on average if every expert is chosen equally often, embeddings included."""
+    activated_min: int
+    """The same with the narrowest experts chosen in every layer."""
+    activated_max: int
+    """The same with the widest experts chosen in every layer."""
+    activated_ffn: int
+    """The feed-forward part of `activated`: routed and shared experts and dense layers."""
+
+
+def parameter_counts(config: MoHGEConfig) -> ParameterCounts:
+    """Count the parameters of a [`MoHGEForCausalLM`] with this config."""
+    with torch.device("meta"):
+        model = MoHGEForCausalLM(config)
+    total = model.num_parameters()
+    embeddings = {
+        id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    feed_forward = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
+    routers = sum(p.numel() for router in model.model.routers for p in router.parameters())
+    routed = config.routed_parameters
+    average = smallest = largest = 0
+    for layer in config.sparse_layers:
+        sizes = sorted(layer.expert_parameters(width) for width in layer.expert_widths)
+        chosen = layer.num_experts_per_tok
+        if layer.router_type == "grouped_top_k":  # the same number from each group, whatever the token
+            per_group = chosen // layer.num_groups
+            fixed = per_group * sum(layer.expert_parameters(width) for width in layer.moe_intermediate_sizes)
+            average, smallest, largest = average + fixed, smallest + fixed, largest + fixed
+        else:
+            average += round(chosen * sum(sizes) / len(sizes))
+            smallest += sizes[0] if layer.router_type == "top_p" else sum(sizes[:chosen])
+            largest += sum(sizes[-chosen:])
+    dense = total - routed
+    return ParameterCounts(
+        total=total,
+        embedding=sum(embeddings.values()),
+        routed=routed,
+        activated=dense + average,
+        activated_min=dense + smallest,
+        activated_max=dense + largest,
+        activated_ffn=feed_forward - routers - routed + average,
+    )
+
+
+def describe(config: MoHGEConfig) -> str:
+    """The group table, and total and activated parameters, as text."""
+    counts = parameter_counts(config)
+    lines = []
+    distinct = config.sparse_layers if config.is_heterogeneous else config.sparse_layers[:1]
+    for index, layer in enumerate(distinct):
+        where = f"sparse layer {index}" if config.is_heterogeneous else f"each of {len(config.sparse_layers)} layers"
+        lines += [f"{where}: {layer.num_experts} experts, {layer.num_experts_per_tok} per token, {_rule(layer)}", ""]
+        lines.append(
+            f"{'group':>5} {'width':>6} {'experts':>8} {'parameters each':>16} {'parameters':>14} {'share':>6}"
+        )
+        whole = sum(layer.expert_parameters(width) for width in layer.expert_widths)
+        for group, (width, experts) in enumerate(zip(layer.moe_intermediate_sizes, layer.expert_counts, strict=True)):
+            each = layer.expert_parameters(width)
+            lines.append(
+                f"{group:>5} {width:>6} {experts:>8} {each:>16,} {each * experts:>14,} {each * experts / whole:>6.1%}"
+            )
+        lines.append("")
+    lines += [
+        f"total parameters      {_short(counts.total)}  of which routed experts {_short(counts.routed)}, embeddings "
+        f"{_short(counts.embedding)}",
+        f"activated per token   {_short(counts.activated)}  with equal traffic; {_short(counts.activated_min)} to "
+        f"{_short(counts.activated_max)} by routing",
+        f"  of which FFN        {_short(counts.activated_ffn)}",
+    ]
+    return "\n".join(lines)
+
+
+def _rule(layer: MoHGEConfig) -> str:
+    if layer.router_type == "two_level":
+        return (
+            f"from {layer.num_groups_per_tok} of {layer.num_groups} groups (two_level, {layer.group_score_function})"
+        )
+    return layer.router_type
+
+
+def _short(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.3f}{unit}"
+    return str(count)
+
+
+__all__ = ["ParameterCounts", "describe", "parameter_counts"]

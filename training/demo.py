@@ -1,0 +1,242 @@
+"""`mohge demo`: a small model from text to a page of results, with nothing but the package and two CPU cores."""
+
+import itertools
+import math
+import random
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from mohge import MoHGEConfig, MoHGEForCausalLM
+
+from .report import evaluate_routing, format_router_table, write_report
+from .trainer import MoHGETrainer
+
+
+BLOCK = 256
+"""Tokens of a training sequence."""
+BATCH = 8
+"""Sequences of a training step."""
+VOCABULARY = 4096
+CORPUS_CHARACTERS = 5_000_000
+PROMPT = "def read_file(path):\n"
+
+# Each paper's losses. Coefficients of the two-level router are larger than the paper's 1e-5 and 5e-3, which are for
+# hundreds of thousands of steps.
+ROUTER_LOSSES = {
+    "two_level": {"router_group_aux_loss_coef": 1e-2, "router_expert_aux_loss_coef": 2e-2, "router_z_loss_coef": 1e-3},
+    "top_k": {"router_parameter_penalty_coef": 1e-2, "router_expert_aux_loss_coef": 0.0},
+    "top_p": {
+        "router_parameter_penalty_coef": 1e-2,
+        "router_entropy_coef": 3e-2,
+        "router_expert_aux_loss_coef": 0.0,
+    },
+    "grouped_top_k": {
+        "router_intra_group_coef": 0.1,
+        "router_inter_group_coef": 0.05,
+        "router_aux_loss_coef": 0.01,
+        "router_z_loss_coef": 1e-3,
+        "router_expert_aux_loss_coef": 0.0,
+        "router_logit_ema_strength": 0.01,
+    },
+}
+
+
+def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int = 0) -> int:
+    """
+    Train, evaluate, save, reload and sample a small model on the Python standard library's own text.
+
+    Args:
+        router (`str`): A `router_type` of [`MoHGEConfig`].
+        output (`str`, *optional*): Folder to create; by default `mohge-demo-{router}`, numbered if that exists.
+        steps (`int`, *optional*, defaults to 300): Optimizer steps of 2048 tokens.
+        seed (`int`, *optional*, defaults to 0): Seed of weights and data order.
+
+    Returns:
+        `int`: 0, or 1 if the reloaded model differs or training did not lower the perplexity.
+
+    Raises:
+        ValueError: if `steps` is not positive.
+        OSError: if `output` exists, or Python's sources cannot be found.
+    """
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}: it must be at least 1")
+    folder = _new_folder(output, f"mohge-demo-{router}")
+    started = time.perf_counter()
+    set_seed(seed)
+
+    training_files, held_out_files = _corpus()
+    print(f"text: {len(training_files)} files to train on, {len(held_out_files)} held out")
+    tokenizer = _train_tokenizer(training_files)
+    training_set, held_out_set = (_blocks(files, tokenizer) for files in (training_files, held_out_files))
+    print(f"tokens: {len(training_set) * BLOCK:,} to train on, {len(held_out_set) * BLOCK:,} held out")
+
+    model = MoHGEForCausalLM(_config(router, tokenizer))
+    trainer = _trainer(model, training_set, held_out_set, folder, steps, seed)
+    before = math.exp(trainer.evaluate()["eval_loss"])
+    trainer.train()
+    after = math.exp(trainer.evaluate()["eval_loss"])
+    print(f"held-out perplexity: {before:,.1f} before training, {after:.2f} after")
+
+    trainer.save_model(folder)
+    tokenizer.save_pretrained(folder)
+    model.eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    sample = torch.tensor(held_out_set[:2]["input_ids"])
+    with torch.no_grad():
+        identical = torch.equal(model(sample).logits, reloaded(sample).logits)
+    print(f"reloaded from {folder}: logits {'identical' if identical else 'DIFFER'}")
+
+    text = _continue(reloaded, AutoTokenizer.from_pretrained(folder))
+    print(f"\n{text}\n")
+    routing = evaluate_routing(reloaded, held_out_set.with_format("torch")["input_ids"][:32])
+    print(format_router_table(routing.statistics))
+    activated, total = routing.statistics.activated_parameters(), model.num_parameters()
+    print(f"activated parameters per token: {activated:,.0f} of {total:,}")
+    facts = {
+        "router": router,
+        "training": f"{steps} steps of {BATCH * BLOCK} tokens",
+        "held-out perplexity before training": f"{before:,.1f}",
+        "held-out perplexity": f"{after:.2f}",
+        "parameters": f"{total:,}",
+        "activated per token": f"{activated:,.0f}",
+        "logits after reload": "identical" if identical else "different",
+    }
+    page = write_report(folder, trainer.state.log_history, routing, facts, text)
+    print(f"page: {page}\ndone in {time.perf_counter() - started:.0f} s")
+    return 0 if identical and after < before else 1
+
+
+def _new_folder(output: str | None, default: str) -> Path:
+    if output is not None:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=False)
+        return folder
+    for number in itertools.count(1):
+        folder = Path(default if number == 1 else f"{default}-{number}")
+        if not folder.exists():
+            folder.mkdir()
+            return folder
+
+
+def _corpus() -> tuple[list[str], list[str]]:
+    """Texts of the standard library: sources, with their docstrings, and the language reference of `pydoc`. Every
+    20th file is held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
+    random.Random(0).shuffle(paths)
+    paths.sort(key=lambda path: path.parent.name != "pydoc_data")  # prose first, whatever the limit cuts off
+    texts, characters = [], 0
+    for path in paths:
+        if characters >= CORPUS_CHARACTERS:
+            break
+        text = path.read_text(encoding="utf-8", errors="replace")
+        texts.append(text)
+        characters += len(text)
+    if characters < 100_000:
+        raise FileNotFoundError(f"{root} has no Python sources to train on: run the demo with a full Python")
+    held_out = texts[10::20]
+    return [text for i, text in enumerate(texts) if i % 20 != 10], held_out
+
+
+def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Dataset:
+    """Files joined by end-of-sequence tokens and cut into blocks of `BLOCK` tokens."""
+    tokens = list(
+        itertools.chain.from_iterable([*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"])
+    )
+    blocks = [tokens[i : i + BLOCK] for i in range(0, len(tokens) - BLOCK + 1, BLOCK)]
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def _config(router: str, tokenizer: PreTrainedTokenizerFast) -> MoHGEConfig:
+    return MoHGEConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=2 * BLOCK,
+        qk_norm="head",
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        moe_intermediate_sizes=[64, 128, 192, 256],
+        num_experts_per_group=4,
+        num_experts_per_tok=4,
+        shared_expert_intermediate_size=128,
+        router_type=router,
+        **ROUTER_LOSSES[router],
+    )
+
+
+class _QuietProgressCallback(ProgressCallback):
+    """Trainer's progress bar with the loss behind it, instead of a line for every logged dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "lm_loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['lm_loss']:.3f}", max_vio=f"{logs['router/max_vio']:.2f}")
+
+
+def _trainer(
+    model: MoHGEForCausalLM, training_set: Dataset, held_out_set: Dataset, folder: Path, steps: int, seed: int
+) -> MoHGETrainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(30, steps // 4),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_steps=max(1, steps // 50),
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        use_cpu=True,
+        prediction_loss_only=True,
+    )
+    trainer = MoHGETrainer(
+        model=model,
+        args=arguments,
+        train_dataset=training_set,
+        eval_dataset=held_out_set,
+        data_collator=default_data_collator,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_QuietProgressCallback())
+    return trainer
+
+
+def _continue(model: MoHGEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)

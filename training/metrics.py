@@ -1,0 +1,110 @@
+"""What a router does: load, balance and activated parameters, from counts of tokens per expert."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mohge import MoHGEConfig
+
+
+class RouterStatistics:
+    """
+    Counts of tokens per expert, added up over forward passes, and the figures that follow from them.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the model.
+        dense_parameters (`int`):
+            Parameters that every token passes through: all but those of the routed experts.
+
+    ```python
+    >>> statistics = RouterStatistics(model.config, model.num_parameters() - model.config.routed_parameters)
+    >>> outputs = model(**inputs, output_router_logits=True)
+    >>> statistics.add(outputs.tokens_per_expert, tokens=inputs["attention_mask"].sum())
+    >>> statistics.summary()["max_vio"]
+    ```
+    """
+
+    def __init__(self, config: MoHGEConfig, dense_parameters: int):
+        self.layers = config.sparse_layers
+        self.dense_parameters = dense_parameters
+        self.counts: list[torch.Tensor] = [torch.zeros(layer.num_experts) for layer in self.layers]
+        self.tokens = torch.zeros(())
+
+    def add(self, tokens_per_expert: Sequence[torch.Tensor], tokens: torch.Tensor | int):
+        """Add a forward pass: the model output's `tokens_per_expert`, and its number of tokens without padding.
+        Nothing waits for the device."""
+        self.counts = [total.to(new.device) + new for total, new in zip(self.counts, tokens_per_expert, strict=True)]
+        self.tokens = self.tokens.to(self.counts[0].device) + tokens
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The sums, to be added up over ranks and given back to `set_tensors`."""
+        return [self.tokens, *self.counts]
+
+    def set_tensors(self, tensors: list[torch.Tensor]):
+        """Replace the sums."""
+        self.tokens, *self.counts = tensors
+
+    def choices_per_group(self) -> torch.Tensor:
+        """[L, G]: how often each layer's tokens chose an expert of each group."""
+        return torch.stack([_per_group(layer, count) for layer, count in zip(self.layers, self.counts, strict=True)])
+
+    def group_share(self) -> torch.Tensor:
+        """[L, G]: share of each group in a layer's choices."""
+        choices = self.choices_per_group()
+        return choices / choices.sum(1, keepdim=True).clamp(min=1)
+
+    def activated_parameters(self) -> float:
+        """Mean number of parameters a token passes through, embeddings included."""
+        routed = sum(
+            count @ torch.tensor([layer.expert_parameters(width) for width in layer.expert_widths]).to(count)
+            for layer, count in zip(self.layers, self.counts, strict=True)
+        )
+        return self.dense_parameters + float(routed / self.tokens.clamp(min=1))
+
+    def summary(self) -> dict[str, float]:
+        """
+        The figures as numbers, averaged over layers: `activated_parameters` per token; `tokens_group_{g}`, how often
+        a token chose group g, in choices per layer; `group_entropy` of these choices, in nats; `load_variation`
+        (standard deviation over mean of the tokens per expert), `max_vio` (most loaded expert over the mean, minus 1)
+        and `dead_experts` (experts without a token, over all layers).
+        """
+        loads = [count / count.mean().clamp(min=torch.finfo(count.dtype).tiny) for count in self.counts]
+        share = self.group_share()
+        return {
+            "activated_parameters": self.activated_parameters(),
+            **{f"tokens_group_{g}": float(value) for g, value in enumerate(self.choices_per_group().mean(0))},
+            "group_entropy": float(torch.special.entr(share).sum(1).mean()),
+            "load_variation": float(torch.stack([load.std(correction=0) for load in loads]).mean()),
+            "max_vio": float(torch.stack([load.max() - 1 for load in loads]).mean()),
+            "dead_experts": float(sum((count == 0).sum() for count in self.counts)),
+        }
+
+    def table(self) -> list[dict[str, float]]:
+        """The router table: for each group its `width`, `experts`, `choices` over all layers, `share` of the choices,
+        `even_share` if all experts were equally loaded, and `max_vio` and `dead_experts` inside the group."""
+        layer = self.layers[0]
+        rows = []
+        for group, (width, experts) in enumerate(zip(layer.moe_intermediate_sizes, layer.expert_counts, strict=True)):
+            loads = torch.stack([self._loads_in_group(i, group) for i in range(len(self.layers))])
+            violation = loads.amax(1) / loads.mean(1).clamp(min=torch.finfo(loads.dtype).tiny) - 1
+            rows.append(
+                {
+                    "group": group,
+                    "width": width,
+                    "experts": experts,
+                    "choices": int(loads.sum()),
+                    "share": float(self.group_share()[:, group].mean()),
+                    "even_share": experts / layer.num_experts,
+                    "max_vio": float(violation[loads.sum(1) > 0].mean()) if loads.sum() else 0.0,
+                    "dead_experts": int((loads == 0).sum()),
+                }
+            )
+        return rows
+
+    def _loads_in_group(self, layer: int, group: int) -> torch.Tensor:
+        return self.counts[layer][torch.tensor(self.layers[layer].expert_groups) == group]
+
+
+def _per_group(layer: MoHGEConfig, values: torch.Tensor) -> torch.Tensor:
+    groups = torch.tensor(layer.expert_groups, device=values.device)
+    return values.new_zeros(layer.num_groups).index_add_(0, groups, values)
