@@ -89,6 +89,9 @@ def _grouped(
     for rows_in, offsets, gate_up_g, down_g in zip(
         pairs.gather(hidden_states.to(dtype)), pairs.offsets, gate_up, down, strict=True
     ):
+        if rows_in.shape[0] == 0 and not torch.is_grad_enabled():  # with gradients, every group needs one
+            rows.append(rows_in)
+            continue
         gate, up = _grouped_linear(rows_in, gate_up_g.to(dtype), offsets).chunk(2, dim=-1)
         rows.append(_grouped_linear(ACT2FN[hidden_act](gate) * up, down_g.to(dtype), offsets))
     return pairs.combine(rows, weights_TK)

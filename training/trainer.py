@@ -34,13 +34,14 @@ class MoHGETrainer(Trainer):
             self.label_smoother = self._with_router_losses(self.label_smoother)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._with_router_losses(self.compute_loss_func)
-        self._logged_step = 0
         self._start_sums()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`. Gathers what `log` adds."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._first_step is None:
+            self._first_step = self.state.global_step
         # Trainer may take the labels away, and without them the model cannot tell each sequence's share of the batch.
         inputs["sequence_weights"] = weights = self._share_of_targets(inputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -74,6 +75,7 @@ class MoHGETrainer(Trainer):
 
     def _start_sums(self):
         model = _base_model(self.model)
+        self._first_step: int | None = None  # of the steps that the sums are over
         self._sums: dict[str, torch.Tensor] = {}
         self._statistics = RouterStatistics(model.config, model.num_parameters() - model.config.routed_parameters)
 
@@ -82,9 +84,8 @@ class MoHGETrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. Adds the language-model loss and the router's figures to the logs of training steps."""
-        if "loss" in logs and self.state.global_step > self._logged_step:
-            logs.update(self._figures(steps=self.state.global_step - self._logged_step))
-            self._logged_step = self.state.global_step
+        if "loss" in logs and self._first_step is not None:
+            logs.update(self._figures(steps=self.state.global_step - self._first_step))
             self._start_sums()
         super().log(logs, start_time)
 

@@ -1,0 +1,165 @@
+"""The `mohge` command: what it prints and its exit status."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.cli import main
+from mohge.info import parameter_counts
+
+
+def run_command(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "mohge.cli", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def small_config(**overrides):
+    values = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "mlp_only_layers": [1],
+        "moe_intermediate_sizes": [8, 24],
+        "num_experts_per_group": [2, 4],
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 16,
+    }
+    return MoHGEConfig(**{**values, **overrides})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("router", ["two_level", "top_k", "top_p", "grouped_top_k"])
+def test_parameter_counts_are_those_of_the_model(router, tied):
+    config = small_config(router_type=router, tie_word_embeddings=tied)
+    counts = parameter_counts(config)
+    model = MoHGEForCausalLM(config)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert counts.routed == routed == 2 * 3 * 32 * (2 * 8 + 4 * 24)
+    assert counts.embedding == 64 * 32 * (1 if tied else 2)
+    dense = counts.total - routed
+    one = {width: 3 * 32 * width for width in (8, 24)}
+    if router == "grouped_top_k":
+        expected = (one[8] + one[24],) * 3
+    else:
+        mean = (2 * one[8] + 4 * one[24]) / 6
+        expected = (one[8] if router == "top_p" else 2 * one[8], 2 * mean, 2 * one[24])
+    found = (counts.activated_min, counts.activated, counts.activated_max)
+    assert found == pytest.approx([dense + 2 * value for value in expected], abs=2)
+    shared_and_dense = 2 * 3 * 32 * 16 + 3 * 32 * 48
+    assert counts.activated_ffn == pytest.approx(shared_and_dense + 2 * expected[1], abs=2)
+
+
+def test_info_on_config_and_folder(tmp_path, capsys):
+    config = small_config()
+    config.save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "config.json"):
+        assert main(["info", str(source)]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"^ +0 +8 +2 +768 +1,536 +14\.3%$", printed, re.MULTILINE)
+        assert re.search(r"^ +1 +24 +4 +2,304 +9,216 +85\.7%$", printed, re.MULTILINE)
+        assert f"total parameters      {parameter_counts(config).total / 1000:.3f}K" in printed
+
+
+def test_info_expresses_the_release(tmp_path, capsys):
+    """MoHGE-3B as released: the paper's table (arXiv 2604.23108) has 2.821B parameters; within 2%."""
+    config = MoHGEConfig(kv_lora_rank=512, tie_word_embeddings=True, initializer_range=0.008)
+    assert parameter_counts(config).total == pytest.approx(2.821e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("not json", "is not JSON"),
+        ('{"model_type": "olmoe"}', '`model_type` "olmoe"'),
+        ("[1, 2]", "`model_type`"),
+        ('{"model_type": "mohge", "num_experts_per_tok": 100}', "`num_experts_per_tok`"),
+        ('{"model_type": "mohge", "num_experts_per_tok": "six"}', "'num_experts_per_tok'"),
+    ],
+    ids=["missing", "no json", "other model", "no object", "impossible", "wrong type"],
+)
+def test_info_on_bad_input(content, message, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["info", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_info_on_folder_without_config(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["info"], ["demo", "--router", "x"]])
+def test_bad_usage_exits_with_2(arguments):
+    done = run_command(*arguments)
+    assert done.returncode == 2
+    assert "usage: mohge" in done.stderr
+
+
+class _Sources(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.sources = []
+
+    def handle_starttag(self, tag, attributes):
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+
+@pytest.mark.parametrize("router", ["two_level", "top_k", "top_p", "grouped_top_k"])
+def test_demo(router, tmp_path):
+    done = run_command("demo", "--router", router, "--steps", "6", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = re.search(r"perplexity: ([\d,.]+) before training, ([\d,.]+) after", done.stdout).groups()
+    assert float(after.replace(",", "")) < 0.9 * float(before.replace(",", ""))
+    assert "logits identical" in done.stdout
+    rows = re.findall(r"^ +(\d) +(\d+) +4 +([\d,]+) ", done.stdout, re.MULTILINE)
+    assert [(group, width) for group, width, _ in rows] == [("0", "64"), ("1", "128"), ("2", "192"), ("3", "256")]
+    choices = sum(int(count.replace(",", "")) for _, _, count in rows)
+    tokens = 32 * 256 * 4
+    assert choices <= 4 * tokens if router == "top_p" else choices == 4 * tokens
+
+    folder = tmp_path / "out"
+    for name in ("loss", "group_load", "group_by_loss"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = _Sources()
+    page.feed((folder / "report.html").read_text(encoding="utf-8"))
+    assert len(page.sources) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+
+    assert json.loads((folder / "config.json").read_text())["router_type"] == router
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("import os\n", return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(tokens[0]) == "import os\n"
+    assert torch.isfinite(model(tokens).logits).all()
+
+
+def test_demo_refuses_an_existing_folder(tmp_path):
+    kept = tmp_path / "out" / "kept.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    done = run_command("demo", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "out" in done.stderr.splitlines()[-1]
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_demo_refuses_zero_steps(tmp_path):
+    done = run_command("demo", "--steps", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--steps" in done.stderr
+    assert not list(tmp_path.iterdir())
