@@ -47,7 +47,7 @@ class MoHGEModelOutputWithPast(MoeModelOutputWithPast):
         router_logits (`tuple(torch.FloatTensor)`, each `[T, E]`, *optional*):
             Expert logits in id order, with `output_router_logits=True`.
         group_logits (`tuple(torch.FloatTensor)`, each `[T, G]`, *optional*):
-            Group logits, with `output_group_logits=True`.
+            Group logits of the two-level router, with `output_group_logits=True`.
         router_weights (`tuple(torch.FloatTensor)`, each `[T, K]`, *optional*):
             Combine weights before `routed_scaling_factor`, with `output_router_weights=True`.
         router_index (`tuple(torch.LongTensor)`, each `[T, K]`, *optional*):
@@ -80,7 +80,8 @@ class MoHGECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         router_logits (`tuple(torch.FloatTensor)`, each `[T, E]`, *optional*):
             Expert logits in id order, with `output_router_logits=True`.
         group_logits (`tuple(torch.FloatTensor)`, each `[T, G]`, *optional*):
-            Group logits, with `output_router_logits=True`.
+            Group logits, with `output_router_logits=True`; where the router has none, the logsumexp of the logits of
+            each group's experts.
     """
 
     group_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -271,7 +272,12 @@ class MoHGESparseMoeBlock(nn.Module):
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = RouterOutput(*self.gate(flat_hidden_states))
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
-        output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
+        index = routing.index
+        if (
+            self.experts._is_expert_parallel
+        ):  # its dispatch knows no empty slots: let them repeat the first, at weight 0
+            index = torch.where(index < len(self.gate.weight), index, index[:, :1])
+        output = self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
         if self.shared_expert is not None:
             shared = self.shared_expert(hidden_states)
             if self.shared_expert_gate is not None:
@@ -562,7 +568,11 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
                 if self.training and loss is not None:
                     result.loss = loss + losses.aux_loss.to(loss.device)
         if output_router_logits:
-            result.router_logits, result.group_logits = outputs.router_logits, outputs.group_logits
+            result.router_logits = outputs.router_logits
+            result.group_logits = outputs.group_logits or tuple(
+                router.group_logits(logits)
+                for router, logits in zip(self.model.routers, outputs.router_logits, strict=True)
+            )
         return result
 
     def _warn_of_idle_losses(self, routing: list[RouterOutput]):

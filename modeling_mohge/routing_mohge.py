@@ -24,8 +24,8 @@ class RouterOutput(NamedTuple):
     """[T, K] combine weights before `routed_scaling_factor`; 0 in a masked slot."""
     index: torch.Tensor
     """[T, K] expert ids; a masked slot (`top_p` chose fewer than K) has id E."""
-    group_logits: torch.Tensor
-    """[T, G] group logits; without a group router, the logsumexp of the group's expert logits."""
+    group_logits: torch.Tensor | None
+    """[T, G] group logits of the two-level router, None for routers that have none."""
     group_index: torch.Tensor | None
     """[T, J] groups kept, or None for routers that keep all."""
 
@@ -55,11 +55,11 @@ class MoHGERouter(nn.Module):
         self._route = getattr(self, f"_route_{config.router_type}")
 
         self.equal_groups = min(config.expert_counts) == max(config.expert_counts)
-        expert_ids_GN, membership_GE = self._tables()
         self.expert_ids_GN: torch.Tensor
+        self.position_E: torch.Tensor
         self.membership_GE: torch.Tensor
-        self.register_buffer("expert_ids_GN", expert_ids_GN, persistent=False)
-        self.register_buffer("membership_GE", membership_GE, persistent=False)
+        for name, table in self._tables().items():
+            self.register_buffer(name, table, persistent=False)
         self.corrects_logits = config.router_logit_ema_strength > 0
         if self.corrects_logits:
             self.logit_ema_E: torch.Tensor
@@ -69,11 +69,14 @@ class MoHGERouter(nn.Module):
             self.register_buffer("logit_pending", torch.zeros(config.num_experts + 1))
             self.last_logits_TE: torch.Tensor | None = None
 
-    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expert ids [G, N], E where a group is shorter, and membership [G, E], 1 where the expert is in the group."""
-        groups = torch.tensor(self.config.expert_groups)
-        membership_GE = (groups == torch.arange(self.config.num_groups)[:, None]).float()
-        return torch.tensor(self.config.expert_id_table), membership_GE
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """Expert ids [G, N], E where a group is shorter; position of each id in it; membership [G, E] as 0 and 1."""
+        groups, slots = torch.tensor(self.config.expert_groups), torch.tensor(self.config.expert_slots)
+        return {
+            "expert_ids_GN": torch.tensor(self.config.expert_id_table),
+            "position_E": groups * max(self.config.expert_counts) + slots,
+            "membership_GE": (groups == torch.arange(self.config.num_groups)[:, None]).float(),
+        }
 
     @torch.no_grad()
     def init_weights(self, std: float):
@@ -81,9 +84,8 @@ class MoHGERouter(nn.Module):
         init.normal_(self.weight, mean=0.0, std=std)
         if hasattr(self, "group_weight"):
             init.normal_(self.group_weight, mean=0.0, std=std)
-        expert_ids_GN, membership_GE = self._tables()
-        init.copy_(self.expert_ids_GN, expert_ids_GN)
-        init.copy_(self.membership_GE, membership_GE)
+        for name, table in self._tables().items():
+            init.copy_(getattr(self, name), table)
         if self.corrects_logits:
             init.zeros_(self.logit_ema_E)
             init.zeros_(self.logit_pending)
@@ -98,21 +100,24 @@ class MoHGERouter(nn.Module):
             weights_TK = self._normalise(scores_TK, index_TK)
         return RouterOutput(logits_TE, weights_TK, index_TK, group_logits_TG, group_index)
 
-    def log_probabilities(self, logits_TE: torch.Tensor, group_logits_TG: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(self, logits_TE: torch.Tensor, group_logits_TG: torch.Tensor | None) -> torch.Tensor:
         """
         [T, E] log-probability of each expert before any choice: `log p(g) + log p(e | g)` for the two-level router,
         with `p(g)` the softmax of the group logits; the flat log-softmax for the others.
         """
         if self.config.router_type != "two_level":
             return logits_TE.log_softmax(-1)
-        logits_in_group_TG = self._by_group(logits_TE).logsumexp(-1)
-        return logits_TE + self._to_experts(group_logits_TG.log_softmax(-1) - logits_in_group_TG)
+        inside_TGN = self._by_group(logits_TE).log_softmax(-1)
+        return self._by_expert(inside_TGN + group_logits_TG.log_softmax(-1).unsqueeze(-1))
+
+    def group_logits(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """[T, G] logsumexp of the expert logits of each group: their softmax is the groups' share of the flat one."""
+        return self._by_group(logits_TE).logsumexp(-1)
 
     def _route_two_level(self, hidden_states, logits_TE):
         config = self.config
-        norm_TG = self._by_group(logits_TE).logsumexp(-1)
         if config.group_score_function == "expert_logsumexp":
-            group_logits_TG = norm_TG
+            group_logits_TG = self.group_logits(logits_TE)
         else:
             group_logits_TG = F.linear(hidden_states, self.group_weight.to(hidden_states.dtype))
         if config.group_score_function == "sigmoid":
@@ -120,22 +125,25 @@ class MoHGERouter(nn.Module):
         else:
             scores_TG = group_logits_TG.softmax(-1)
         kept_TJ, group_index_TJ = scores_TG.topk(config.num_groups_per_tok, dim=-1)
-        kept_TJ = _divide_by_sum(kept_TJ)
         # -1 marks the groups not kept: below every kept expert, even one whose probability underflows to 0.
-        scores_TG = torch.full_like(scores_TG, -1.0).scatter(-1, group_index_TJ, kept_TJ)
-        scores_TE = self._to_experts(scores_TG)
-        joint_TE = torch.where(scores_TE < 0, scores_TE, scores_TE * (logits_TE - self._to_experts(norm_TG)).exp())
-        return group_index_TJ, group_logits_TG, *joint_TE.topk(self.top_k, dim=-1)
+        scores_TG = torch.full_like(scores_TG, -1.0).scatter(-1, group_index_TJ, _divide_by_sum(kept_TJ))
+        scores_TG1 = scores_TG.unsqueeze(-1)
+        # The softmax inside groups, spelled out: on short rows these steps beat the softmax kernel.
+        logits_TGN = self._by_group(logits_TE)
+        exp_TGN = (logits_TGN - logits_TGN.detach().amax(-1, keepdim=True)).exp()
+        joint_TGN = exp_TGN * (scores_TG1 / exp_TGN.sum(-1, keepdim=True))
+        joint_TGN = torch.where(scores_TG1 < 0, scores_TG1, joint_TGN)
+        return group_index_TJ, group_logits_TG, *self._by_expert(joint_TGN).topk(self.top_k, dim=-1)
 
     def _route_top_k(self, hidden_states, logits_TE):
-        return None, self._group_logits(logits_TE), *logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        return None, None, *logits_TE.softmax(-1).topk(self.top_k, dim=-1)
 
     def _route_top_p(self, hidden_states, logits_TE):
         scores_TK, index_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
         # An expert belongs to the set while those before it fall short of p, so there is always at least one.
         surplus = scores_TK.cumsum(-1) - scores_TK >= self.config.router_top_p
         index_TK = index_TK.masked_fill(surplus, self.config.num_experts)
-        return None, self._group_logits(logits_TE), scores_TK.masked_fill(surplus, 0.0), index_TK
+        return None, None, scores_TK.masked_fill(surplus, 0.0), index_TK
 
     def _route_grouped_top_k(self, hidden_states, logits_TE):
         corrected_TE = logits_TE
@@ -148,7 +156,7 @@ class MoHGERouter(nn.Module):
         scores_TGk, slots_TGk = scores_TGN.topk(per_group, dim=-1)
         ids_TGN = self.expert_ids_GN.expand(logits_TE.shape[0], -1, -1)
         index_TK = ids_TGN.gather(-1, slots_TGk).flatten(1)
-        return None, self._group_logits(logits_TE), scores_TGk.flatten(1), index_TK
+        return None, None, scores_TGk.flatten(1), index_TK
 
     def _normalise(self, scores_TK: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         match self.config.topk_weight_normalization:
@@ -163,19 +171,17 @@ class MoHGERouter(nn.Module):
         """[T, E] -> [T, G, N], short groups filled up with `fill`."""
         groups, largest = self.expert_ids_GN.shape
         if self.equal_groups:  # ids run over the groups first: a view
-            return values_TE.view(-1, largest, groups).transpose(1, 2)
+            return values_TE.unflatten(1, (largest, groups)).transpose(1, 2)
         ids = self.expert_ids_GN
         padding = ids == self.config.num_experts
         values = values_TE.index_select(1, ids.masked_fill(padding, 0).flatten()).view(-1, groups, largest)
         return values.masked_fill(padding, fill)
 
-    def _to_experts(self, values_TG: torch.Tensor) -> torch.Tensor:
-        """[T, G] -> [T, E]: each expert gets its group's value. A product with 0 and 1 is exact, and its gradient is
-        a product too, where an index's would be a scatter."""
-        return values_TG @ self.membership_GE.to(values_TG.dtype)
-
-    def _group_logits(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        return self._by_group(logits_TE.detach()).logsumexp(-1)
+    def _by_expert(self, values_TGN: torch.Tensor) -> torch.Tensor:
+        """[T, G, N] -> [T, E], the inverse of `_by_group`."""
+        if self.equal_groups:
+            return values_TGN.transpose(1, 2).flatten(1)
+        return values_TGN.flatten(1).index_select(1, self.position_E)
 
     # Running mean of the logits. It may change only between optimizer steps, and outside the layers: a layer that is
     # checkpointed runs twice, and must see the same mean both times.
