@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
@@ -20,6 +21,14 @@ ROUTER_COEFFICIENTS = {
     "expert": "router_expert_aux_loss_coef",
 }
 """Name of each router loss -> the config field that holds its coefficient."""
+
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+)
+_PER_LAYER_FIELDS = {"moe_intermediate_sizes", "num_experts_per_group", "num_experts_per_tok", "num_groups_per_tok"}
 
 
 @strict
@@ -157,6 +166,9 @@ class MoHGEConfig(PreTrainedConfig):
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether the model returns router and group logits.
 
+    `moe_intermediate_sizes`, `num_experts_per_group`, `num_experts_per_tok` and `num_groups_per_tok` may differ
+    between layers, through transformers' `per_layer_config`.
+
     Raises:
         ValueError: if fields contradict each other; the message names the field and the remedy.
 
@@ -260,16 +272,33 @@ class MoHGEConfig(PreTrainedConfig):
             self.num_experts_per_group = list(self.num_experts_per_group)
         if self.router_group_aux_loss_coef is None:
             self.router_group_aux_loss_coef = 1e-5 if self.router_type == "two_level" else 0.0
+        for name in ("num_experts", "num_local_experts"):
+            if name in kwargs:
+                raise ValueError(f"`{name}` follows from the groups: set `num_experts_per_group` instead")
         if self.num_groups_per_tok is None:
             self.num_groups_per_tok = self._default_num_groups_per_tok()
-        if "num_experts" in kwargs:
-            raise ValueError("`num_experts` follows from the groups: set `num_experts_per_group` instead")
+        elif self.router_type != "two_level" and self.num_groups_per_tok != self.num_groups:
+            raise ValueError(
+                f'`num_groups_per_tok` ({self.num_groups_per_tok}) applies to router_type="two_level" only: leave it '
+                f'None for "{self.router_type}", which keeps all groups'
+            )
         super().__post_init__(**kwargs)
+        for name in sorted((self.per_layer_attributes or set()) - _PER_LAYER_FIELDS):
+            raise ValueError(
+                f"`{name}` cannot differ between layers: remove it from `per_layer_config`, which may hold "
+                f"{', '.join(sorted(_PER_LAYER_FIELDS))}"
+            )
         # A strict config wraps what its validators raise in an error that is no ValueError: run ours here first.
         self.validate_backbone()
         self.validate_experts()
         self.validate_router()
         self.validate_router_losses()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """See `PreTrainedConfig.from_dict`. Fields in `kwargs` are checked together with the others."""
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        return super().from_dict({**config_dict, **fields}, **kwargs)
 
     def _default_num_groups_per_tok(self) -> int:
         counts = sorted(self.expert_counts)
@@ -392,9 +421,17 @@ class MoHGEConfig(PreTrainedConfig):
 
     def validate_backbone(self):
         """Check the fields of attention and of the dense layers."""
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must be at least 1")
+        for name in _SIZES:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                off = ", or None" if type(self).__dataclass_fields__[name].default is None else ""
+                raise ValueError(f"`{name}` is {value}: it must be at least 1{off}")
+        if self.clip_qkv is not None and self.clip_qkv <= 0:
+            raise ValueError(f"`clip_qkv` is {self.clip_qkv}: it must be above 0, or None for no clipping")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"`attention_dropout` is {self.attention_dropout}: it is a probability, in [0, 1)")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f'`hidden_act` is "{self.hidden_act}", which transformers does not have: use "silu"')
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -467,6 +504,10 @@ class MoHGEConfig(PreTrainedConfig):
                 f'`router_logit_ema_strength` works with router_type="grouped_top_k", not "{self.router_type}": '
                 "set it to 0"
             )
+        if self.router_logit_ema_strength < 0:
+            raise ValueError(
+                f"`router_logit_ema_strength` is {self.router_logit_ema_strength}: use 0 to switch it off"
+            )
         if not 0 <= self.router_logit_ema_decay < 1:
             raise ValueError(f"`router_logit_ema_decay` is {self.router_logit_ema_decay}: it must be in [0, 1)")
 
@@ -480,19 +521,15 @@ class MoHGEConfig(PreTrainedConfig):
         )
         if not 1 <= chosen <= layer.num_experts:
             raise ValueError(f"`num_experts_per_tok` is {chosen}: it must be 1 to {layer.num_experts} (all experts)")
-        if layer.router_type != "two_level" and kept != groups:
-            raise ValueError(
-                f'`num_groups_per_tok` ({kept}) applies to router_type="two_level" only: leave it None for '
-                f'"{layer.router_type}", which keeps all {groups} groups'
-            )
-        if not 1 <= kept <= groups:
-            raise ValueError(f"`num_groups_per_tok` is {kept}: it must be 1 to {groups}, the number of groups")
-        held = sum(sorted(counts)[:kept])
-        if chosen > held:
-            raise ValueError(
-                f"`num_experts_per_tok` ({chosen}) exceeds the {held} experts that {kept} groups can hold: raise "
-                f"`num_groups_per_tok`, or lower `num_experts_per_tok` to {held}"
-            )
+        if layer.router_type == "two_level":
+            if not 1 <= kept <= groups:
+                raise ValueError(f"`num_groups_per_tok` is {kept}: it must be 1 to {groups}, the number of groups")
+            held = sum(sorted(counts)[:kept])
+            if chosen > held:
+                raise ValueError(
+                    f"`num_experts_per_tok` ({chosen}) exceeds the {held} experts that {kept} groups can hold: raise "
+                    f"`num_groups_per_tok`, or lower `num_experts_per_tok` to {held}"
+                )
         if layer.router_type == "grouped_top_k":
             if chosen % groups:
                 raise ValueError(

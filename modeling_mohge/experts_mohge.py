@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
 
@@ -56,7 +55,7 @@ class _SortedPairs:
         skipped = rows[0].new_zeros(self.sizes[-1], rows[0].shape[1])
         position_S = torch.empty_like(self.order_S)
         position_S[self.order_S] = torch.arange(self.order_S.numel(), device=self.order_S.device)
-        rows_TKH = torch.cat([*rows, skipped]).index_select(0, position_S).view(*self.shape_TK, -1)
+        rows_TKH = torch.cat([*rows, skipped]).index_select(0, position_S).view(*self.shape_TK, rows[0].shape[1])
         return (weights_TK.to(rows_TKH.dtype).unsqueeze(1) @ rows_TKH).squeeze(1)
 
 
@@ -66,9 +65,17 @@ def grouped_mm_forward(
     """One sort of all pairs, then `torch.nn.functional.grouped_mm` over the experts of each group."""
     keys_TK = experts.sort_keys(top_k_index)
     gate_up, down = map(list, zip(*experts.groups(), strict=True))
-    arguments = (hidden_states, keys_TK, top_k_weights, gate_up, down, experts.keys_per_group, experts.hidden_act)
+    if not is_torchdynamo_compiling():
+        output = _grouped(hidden_states, keys_TK, top_k_weights, gate_up, down, experts.keys_per_group, experts.act_fn)
     # The group sizes must reach the host, which a graph without breaks cannot express: hide it in an operator.
-    output = torch.ops.mohge.grouped_experts(*arguments) if is_torchdynamo_compiling() else _grouped(*arguments)
+    elif experts.hidden_act == "silu":
+        output = torch.ops.mohge.grouped_swiglu(
+            hidden_states, keys_TK, top_k_weights, gate_up, down, experts.keys_per_group
+        )
+    else:
+        output = per_group_forward(
+            experts, hidden_states, top_k_index, top_k_weights, function=grouped_mm_experts_forward
+        )
     return output.to(hidden_states.dtype)
 
 
@@ -79,7 +86,7 @@ def _grouped(
     gate_up: list[torch.Tensor],
     down: list[torch.Tensor],
     keys_per_group: int,
-    hidden_act: str,
+    act_fn: Callable,
 ) -> torch.Tensor:
     dtype = gate_up[0].dtype
     if torch.is_autocast_enabled(hidden_states.device.type):  # grouped_mm does not follow autocast by itself
@@ -93,7 +100,7 @@ def _grouped(
             rows.append(rows_in)
             continue
         gate, up = _grouped_linear(rows_in, gate_up_g.to(dtype), offsets).chunk(2, dim=-1)
-        rows.append(_grouped_linear(ACT2FN[hidden_act](gate) * up, down_g.to(dtype), offsets))
+        rows.append(_grouped_linear(act_fn(gate) * up, down_g.to(dtype), offsets))
     return pairs.combine(rows, weights_TK)
 
 
@@ -105,65 +112,91 @@ def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
     return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), offsets)
 
 
+def _grouped_swiglu(
+    hidden_states: torch.Tensor,
+    keys: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    keys_per_group: int,
+) -> torch.Tensor:
+    return _grouped(hidden_states, keys, weights, gate_up, down, keys_per_group, F.silu)
+
+
+def _grouped_swiglu_backward(
+    grad_output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    keys: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    keys_per_group: int,
+) -> list[torch.Tensor]:
+    """Gradients of hidden states, weights and every matrix. Computes the activations again; autograd does not record
+    inside an operator, so the formulas stand here."""
+    dtype = gate_up[0].dtype
+    linear_backward = torch.ops.transformers.grouped_mm_fallback_backward
+    pairs = _SortedPairs(keys, [w.shape[0] for w in gate_up], keys_per_group)
+    weights_S = weights.flatten().index_select(0, pairs.order_S).to(dtype).unsqueeze(1)
+    d_rows, d_weights, d_gate_up, d_down = [], [], [], []
+    for rows_in, d_out, weight, offsets, gate_up_g, down_g in zip(
+        pairs.gather(hidden_states.to(dtype)),
+        pairs.gather(grad_output.to(dtype)),
+        weights_S.split(pairs.sizes)[:-1],
+        pairs.offsets,
+        gate_up,
+        down,
+        strict=True,
+    ):
+        gate, up = _grouped_linear(rows_in, gate_up_g, offsets).chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        activation = silu * up
+        d_weights.append((d_out * _grouped_linear(activation, down_g, offsets)).sum(1))
+        d_activation, d_down_g = linear_backward(activation, down_g.transpose(1, 2), offsets, d_out * weight)
+        d_gate = d_activation * up * (sigmoid + silu * (1 - sigmoid))
+        d_projection = torch.cat([d_gate, d_activation * silu], dim=1)
+        d_rows_g, d_gate_up_g = linear_backward(rows_in, gate_up_g.transpose(1, 2), offsets, d_projection)
+        d_rows.append(d_rows_g)
+        d_gate_up.append(d_gate_up_g.transpose(1, 2).contiguous())
+        d_down.append(d_down_g.transpose(1, 2).contiguous())
+    chosen_S = pairs.order_S[: pairs.order_S.numel() - pairs.sizes[-1]]
+    d_hidden = torch.zeros_like(hidden_states, dtype=dtype)
+    d_hidden.index_add_(0, chosen_S // keys.shape[1], torch.cat(d_rows))
+    d_weights_TK = torch.zeros_like(weights).flatten()
+    d_weights_TK[chosen_S] = torch.cat(d_weights).to(weights.dtype)
+    return [d_hidden.to(hidden_states.dtype), d_weights_TK.view(weights.shape), *d_gate_up, *d_down]
+
+
 def _register_operators():
-    """`mohge::grouped_experts`, `_grouped` for torch.compile. Its backward computes the forward again."""
+    """`mohge::grouped_swiglu` and its backward, for torch.compile."""
+    forward = torch.library.custom_op("mohge::grouped_swiglu", _grouped_swiglu, mutates_args=())
+    backward = torch.library.custom_op("mohge::grouped_swiglu_backward", _grouped_swiglu_backward, mutates_args=())
 
-    @torch.library.custom_op("mohge::grouped_experts", mutates_args=())
-    def grouped_experts(
-        hidden_states: torch.Tensor,
-        keys: torch.Tensor,
-        weights: torch.Tensor,
-        gate_up: list[torch.Tensor],
-        down: list[torch.Tensor],
-        keys_per_group: int,
-        hidden_act: str,
-    ) -> torch.Tensor:
-        return _grouped(hidden_states, keys, weights, gate_up, down, keys_per_group, hidden_act)
+    @forward.register_fake
+    def _(hidden_states, keys, weights, gate_up, down, keys_per_group):
+        return torch.empty_like(hidden_states, dtype=gate_up[0].dtype)
 
-    @grouped_experts.register_fake
-    def _(hidden_states, keys, weights, gate_up, down, keys_per_group, hidden_act):
-        return hidden_states.new_empty(hidden_states.shape, dtype=gate_up[0].dtype)
-
-    @torch.library.custom_op("mohge::grouped_experts_backward", mutates_args=())
-    def grouped_experts_backward(
-        grad_output: torch.Tensor,
-        hidden_states: torch.Tensor,
-        keys: torch.Tensor,
-        weights: torch.Tensor,
-        gate_up: list[torch.Tensor],
-        down: list[torch.Tensor],
-        keys_per_group: int,
-        hidden_act: str,
-    ) -> list[torch.Tensor]:
-        inputs = [tensor.detach().requires_grad_() for tensor in (hidden_states, weights, *gate_up, *down)]
-        groups = len(gate_up)
-        with torch.enable_grad():
-            output = _grouped(
-                inputs[0], keys, inputs[1], inputs[2 : 2 + groups], inputs[2 + groups :], keys_per_group, hidden_act
-            )
-        return list(torch.autograd.grad(output, inputs, grad_output))
-
-    @grouped_experts_backward.register_fake
-    def _(grad_output, hidden_states, keys, weights, gate_up, down, keys_per_group, hidden_act):
+    @backward.register_fake
+    def _(grad_output, hidden_states, keys, weights, gate_up, down, keys_per_group):
         return [torch.empty_like(tensor) for tensor in (hidden_states, weights, *gate_up, *down)]
 
     def setup_context(ctx, inputs, output):
-        hidden_states, keys, weights, gate_up, down, ctx.keys_per_group, ctx.hidden_act = inputs
-        ctx.groups = len(gate_up)
+        hidden_states, keys, weights, gate_up, down, ctx.keys_per_group = inputs
         ctx.save_for_backward(hidden_states, keys, weights, *gate_up, *down)
 
-    def backward(ctx, grad_output):
+    def run_backward(ctx, grad_output):
         hidden_states, keys, weights, *matrices = ctx.saved_tensors
-        gate_up, down = matrices[: ctx.groups], matrices[ctx.groups :]
-        d_hidden, d_weights, *d_matrices = torch.ops.mohge.grouped_experts_backward(
-            grad_output, hidden_states, keys, weights, gate_up, down, ctx.keys_per_group, ctx.hidden_act
+        groups = len(matrices) // 2
+        d_hidden, d_weights, *d_matrices = torch.ops.mohge.grouped_swiglu_backward(
+            grad_output, hidden_states, keys, weights, matrices[:groups], matrices[groups:], ctx.keys_per_group
         )
-        return d_hidden, None, d_weights, d_matrices[: ctx.groups], d_matrices[ctx.groups :], None, None
+        return d_hidden, None, d_weights, d_matrices[:groups], d_matrices[groups:], None
 
-    grouped_experts.register_autograd(backward, setup_context=setup_context)
+    forward.register_autograd(run_backward, setup_context=setup_context)
 
 
-if not hasattr(torch.ops.mohge, "grouped_experts"):  # a checkpoint's own copy of this file may have been first
+if not hasattr(torch.ops.mohge, "grouped_swiglu"):  # a checkpoint's own copy of this file may have been first
     _register_operators()
 
 

@@ -184,14 +184,15 @@ def _expert(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
     weight_RE = s.add_up(s.output.index, s.output.weights, config.num_experts) / s.tokens_R1
     frequency_RE = s.counts_RE / (s.tokens_R1 * config.num_experts_per_tok)
     if config.router_expert_aux_loss_type == "global":
-        factor = config.num_experts * config.num_groups_per_tok / config.num_groups
-        return factor * (frequency_RE * weight_RE).sum(-1)
+        kept = config.num_groups_per_tok / config.num_groups if config.router_type == "two_level" else 1
+        return config.num_experts * kept * (frequency_RE * weight_RE).sum(-1)
     membership_EG = s.router.membership_GE.to(s.mask_RS.dtype).T
     traffic_RG, mass_RG = frequency_RE @ membership_EG, weight_RE @ membership_EG
     counts_G = torch.tensor(config.expert_counts, dtype=s.mask_RS.dtype, device=s.mask_RS.device)
-    tiny = torch.finfo(s.mask_RS.dtype).tiny
-    loss_RG = counts_G * ((frequency_RE * weight_RE) @ membership_EG) / (traffic_RG * mass_RG).clamp(min=tiny)
-    return loss_RG.sum(-1) / (traffic_RG > 0).sum(-1).clamp(min=1)
+    product_RG = traffic_RG * mass_RG
+    empty_RG = product_RG == 0
+    loss_RG = counts_G * ((frequency_RE * weight_RE) @ membership_EG) / product_RG.masked_fill(empty_RG, 1)
+    return loss_RG.sum(-1) / (~empty_RG).sum(-1).clamp(min=1)
 
 
 def _entropy_of(log_probabilities: torch.Tensor) -> torch.Tensor:

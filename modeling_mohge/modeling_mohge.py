@@ -330,6 +330,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["logit_ema_E", "logit_pending"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MoHGERouter, index=0),
         "router_weights": OutputRecorder(MoHGERouter, index=1),
@@ -347,6 +348,14 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             module.init_weights(self.config.initializer_range)
         elif isinstance(module, MoHGEForCausalLM):
             init.constant_(module.training_progress, -1.0)
+
+    def save_pretrained(self, *args, **kwargs):
+        """See `PreTrainedModel.save_pretrained`. The checkpoint loads as `AutoModel` and as `AutoModelForCausalLM`
+        with its own code, whichever of the two was saved."""
+        if self._auto_class is not None:
+            classes = {"AutoModel": "MoHGEModel", "AutoModelForCausalLM": "MoHGEForCausalLM"}
+            self.config.auto_map = {auto: f"modeling_mohge.{name}" for auto, name in classes.items()}
+        super().save_pretrained(*args, **kwargs)
 
 
 class MoHGEModel(MoHGEPreTrainedModel):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from .configuration_mohge import MoHGEConfig
 
@@ -68,6 +69,7 @@ class MoHGERouter(nn.Module):
             # Sum of the logits since the last optimizer step, and as its last entry the number of tokens in it.
             self.register_buffer("logit_pending", torch.zeros(config.num_experts + 1))
             self.last_logits_TE: torch.Tensor | None = None
+            self.last_version = -1
 
     def _tables(self) -> dict[str, torch.Tensor]:
         """Expert ids [G, N], E where a group is shorter; position of each id in it; membership [G, E] as 0 and 1."""
@@ -120,13 +122,13 @@ class MoHGERouter(nn.Module):
             group_logits_TG = self.group_logits(logits_TE)
         else:
             group_logits_TG = F.linear(hidden_states, self.group_weight.to(hidden_states.dtype))
+        # Every score grows with its logit, so the best logits are the best scores even where scores saturate; and the
+        # softmax of log-scores is the scores over their sum even where they underflow.
+        kept_TJ, group_index_TJ = group_logits_TG.topk(config.num_groups_per_tok, dim=-1)
         if config.group_score_function == "sigmoid":
-            scores_TG = group_logits_TG.sigmoid()
-        else:
-            scores_TG = group_logits_TG.softmax(-1)
-        kept_TJ, group_index_TJ = scores_TG.topk(config.num_groups_per_tok, dim=-1)
+            kept_TJ = F.logsigmoid(kept_TJ)
         # -1 marks the groups not kept: below every kept expert, even one whose probability underflows to 0.
-        scores_TG = torch.full_like(scores_TG, -1.0).scatter(-1, group_index_TJ, _divide_by_sum(kept_TJ))
+        scores_TG = torch.full_like(group_logits_TG, -1.0).scatter(-1, group_index_TJ, kept_TJ.softmax(-1))
         scores_TG1 = scores_TG.unsqueeze(-1)
         # The softmax inside groups, spelled out: on short rows these steps beat the softmax kernel.
         logits_TGN = self._by_group(logits_TE)
@@ -189,8 +191,11 @@ class MoHGERouter(nn.Module):
     @torch.no_grad()
     def fold_logit_mean(self):
         """At the start of a training forward: take what the last optimizer step saw into the running mean."""
-        if self.weight.grad is not None:
-            return  # gradients are being accumulated: the step is not over
+        accumulating = self.weight.grad is not None
+        if not is_torchdynamo_compiling():  # gradients that are zeroed instead of cleared do not tell, new weights do
+            accumulating = accumulating and self.weight._version == self.last_version
+        if accumulating:
+            return
         count = self.logit_pending[-1]
         decay = torch.where(count > 0, self.config.router_logit_ema_decay, 1.0)
         self.logit_ema_E.lerp_(self.logit_pending[:-1] / count.clamp(min=1), 1 - decay)
@@ -205,6 +210,8 @@ class MoHGERouter(nn.Module):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)
         self.logit_pending += seen
+        if not is_torchdynamo_compiling():
+            self.last_version = self.weight._version
 
 
 def _divide_by_sum(values: torch.Tensor) -> torch.Tensor:

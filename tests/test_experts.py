@@ -1,0 +1,432 @@
+"""Every implementation of the experts against a dense float64 loop written from the definition."""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mohge import MoHGEConfig
+from mohge.modeling_mohge import MoHGEExperts
+
+
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The matrices are too small to share: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass
+class Case:
+    """Shape of the experts, and of one call."""
+
+    counts: tuple[int, ...] = (2, 4, 6)
+    widths: tuple[int, ...] = (8, 24, 40)
+    hidden_size: int = 16
+    tokens: int = 23
+    top_k: int = 3
+    allowed: tuple[int, ...] | None = None
+    """Expert ids that tokens may choose; all by default."""
+    masked: float = 0.0
+    """Share of the slots to skip."""
+
+    @property
+    def num_experts(self) -> int:
+        return sum(self.counts)
+
+    def experts_by_id(self) -> list[tuple[int, int]]:
+        """(group, index in group) of each expert: P = gcd(counts) sets, set by set and group by group."""
+        sets = math.gcd(*self.counts)
+        return [
+            (group, index)
+            for p in range(sets)
+            for group, count in enumerate(self.counts)
+            for index in range(p * count // sets, (p + 1) * count // sets)
+        ]
+
+
+CASES = {
+    "unequal_widths_and_counts": Case(),
+    "equal_counts": Case(counts=(4, 4, 4)),
+    "coprime_counts": Case(counts=(1, 2, 3)),
+    "odd_sizes": Case(widths=(5, 13, 37), hidden_size=20),
+    "odd_hidden_size": Case(hidden_size=19),
+    "wider_than_128": Case(counts=(1, 2, 2), widths=(64, 136, 300), hidden_size=132, top_k=2),
+    "many_rows_per_expert": Case(counts=(1, 2), widths=(8, 16), tokens=301, top_k=2),
+    "one_group": Case(counts=(5,), widths=(24,), top_k=2),
+    "one_expert_in_all": Case(counts=(1,), widths=(8,), top_k=1),
+    "one_token": Case(tokens=1),
+    "all_experts_for_every_token": Case(top_k=12),
+    "all_tokens_on_one_expert": Case(top_k=1, allowed=(4,)),
+    "empty_experts": Case(tokens=2, top_k=2),
+    "empty_middle_group": Case(allowed=(0, 6, 3, 4, 5, 9, 10, 11)),
+    "empty_first_and_last_group": Case(allowed=(1, 2, 7, 8)),
+    "masked_slots": Case(masked=0.4),
+    "masked_slots_and_empty_group": Case(masked=0.4, allowed=(0, 6, 1, 2, 7, 8)),
+    "one_token_all_slots_masked": Case(tokens=1, masked=1.0),
+    "all_slots_masked": Case(masked=1.0),
+}
+
+
+def make_experts(case: Case, dtype: torch.dtype, implementation: str = "eager") -> MoHGEExperts:
+    config = MoHGEConfig(
+        vocab_size=8,
+        hidden_size=case.hidden_size,
+        num_attention_heads=1,
+        head_dim=8,
+        moe_intermediate_sizes=case.widths,
+        num_experts_per_group=case.counts,
+        num_experts_per_tok=case.top_k,
+        router_type="top_k",
+    )
+    config._experts_implementation = implementation
+    torch.manual_seed(0)
+    experts = MoHGEExperts(config, config)
+    experts.init_weights(0.3)
+    return experts.to(dtype)
+
+
+def make_inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`hidden_states`, `top_k_index`, `top_k_weights` and the gradient of the output."""
+    generator = torch.Generator().manual_seed(1)
+    random = partial(torch.rand, generator=generator, dtype=torch.float64)
+    allowed = torch.tensor(range(case.num_experts) if case.allowed is None else case.allowed)
+    index = allowed[random(case.tokens, len(allowed)).argsort(-1)[:, : case.top_k]]
+    weights = random(case.tokens, case.top_k) + 0.1
+    masked = random(case.tokens, case.top_k) < case.masked
+    index, weights = index.masked_fill(masked, case.num_experts), weights.masked_fill(masked, 0)
+    hidden_states = random(case.tokens, case.hidden_size) * 2 - 1
+    grad_output = random(case.tokens, case.hidden_size) * 2 - 1
+    return hidden_states.to(dtype), index, weights.to(dtype), grad_output.to(dtype)
+
+
+def reference(
+    case: Case,
+    parameters: dict[str, torch.Tensor],
+    hidden_states: torch.Tensor,
+    index: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """Every expert on every token, times its combine weight, which is 0 where the token did not choose it."""
+    output = torch.zeros_like(hidden_states)
+    for expert, (group, slot) in enumerate(case.experts_by_id()):
+        width = case.widths[group]
+        gate_up, down = parameters[f"gate_up_proj_{group}"][slot], parameters[f"down_proj_{group}"][slot]
+        gate, up = hidden_states @ gate_up[:width].T, hidden_states @ gate_up[width:].T
+        combine_weight = (weights * (index == expert)).sum(-1, keepdim=True)
+        output = output + combine_weight * ((gate * gate.sigmoid() * up) @ down.T)
+    return output
+
+
+def forward_and_backward(function, parameters: dict, hidden_states, index, weights, grad_output) -> dict:
+    """Output and all gradients, by name."""
+    hidden_states = hidden_states.detach().requires_grad_()
+    weights = weights.detach().requires_grad_()
+    output = function(hidden_states, index, weights)
+    # Called without `allow_unused`: a weight that no gradient reaches is an error.
+    gradients = torch.autograd.grad(output, [hidden_states, weights, *parameters.values()], grad_output)
+    names = ["d hidden_states", "d top_k_weights", *(f"d {name}" for name in parameters)]
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def run_reference(case: Case, experts: MoHGEExperts, inputs: tuple) -> dict:
+    hidden_states, index, weights, grad_output = inputs
+    parameters = {name: p.detach().double().requires_grad_() for name, p in experts.named_parameters()}
+    function = partial(reference, case, parameters)
+    return forward_and_backward(
+        function, parameters, hidden_states.double(), index, weights.double(), grad_output.double()
+    )
+
+
+def run(experts: MoHGEExperts, inputs: tuple) -> dict:
+    return forward_and_backward(experts, dict(experts.named_parameters()), *inputs)
+
+
+def assert_close(actual: dict, expected: dict, relative_error: float):
+    """Errors are bounded by the largest reference value of the tensor, for weights of the expert: what is zero in the
+    reference must be exactly zero, and zeros fail wherever the reference is not zero."""
+    assert actual.keys() == expected.keys()
+    for name, reference_value in expected.items():
+        value = actual[name]
+        assert value.shape == reference_value.shape, name
+        assert value.isfinite().all(), name
+        dims = tuple(range(1, value.dim())) if "_proj_" in name else tuple(range(value.dim()))
+        error = (value.double() - reference_value.double()).abs().amax(dims)
+        bound = relative_error * reference_value.double().abs().amax(dims)
+        assert (error <= bound).all(), f"{name}: error {error}, bound {bound}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_every_gradient_match_the_reference(name, implementation, dtype):
+    case = CASES[name]
+    experts = make_experts(case, dtype, implementation)
+    inputs = make_inputs(case, dtype)
+    expected = run_reference(case, experts, inputs)
+    actual = run(experts, inputs)
+    assert actual["output"].dtype == dtype
+    assert_close(actual, expected, RELATIVE_ERROR[dtype])
+
+
+def test_reference_is_not_trivial():
+    """What the comparisons above would show: gradients of used experts are not zero, those of the others are."""
+    case = CASES["masked_slots_and_empty_group"]
+    inputs = make_inputs(case, torch.float64)
+    expected = run_reference(case, make_experts(case, torch.float64), inputs)
+    masked = inputs[1] == case.num_experts
+    assert masked.any()
+    assert (expected["d top_k_weights"][masked] == 0).all()
+    assert (expected["d top_k_weights"][~masked].abs() > 1e-4).all()
+    for group, used in enumerate([True, True, False]):
+        for projection in ("gate_up_proj", "down_proj"):
+            magnitude = expected[f"d {projection}_{group}"].abs().amax((1, 2))
+            assert ((magnitude > 1e-2) if used else (magnitude == 0)).all()
+
+
+def test_first_half_of_gate_up_is_the_gate():
+    case = Case(counts=(1,), widths=(1,), hidden_size=1, tokens=1, top_k=1)
+    for implementation in IMPLEMENTATIONS:
+        experts = make_experts(case, torch.float64, implementation)
+        with torch.no_grad():
+            experts.gate_up_proj_0.copy_(torch.tensor([[[2.0], [3.0]]]))
+            experts.down_proj_0.copy_(torch.tensor([[[5.0]]]))
+        one = torch.ones(1, 1, dtype=torch.float64)
+        output = experts(one, torch.zeros(1, 1, dtype=torch.long), 0.5 * one)
+        assert output.item() == pytest.approx(5 * (2 / (1 + math.exp(-2)) * 3) * 0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", ["transposed", "every_second_column", "expanded"])
+def test_non_contiguous_inputs(layout, implementation):
+    case = Case()
+    experts = make_experts(case, torch.float32, implementation)
+    hidden_states, index, weights, grad_output = make_inputs(case, torch.float32)
+    if layout == "transposed":
+        hidden_states, weights = (x.t().contiguous().t() for x in (hidden_states, weights))
+        index, grad_output = index.t().contiguous().t(), grad_output.t().contiguous().t()
+    elif layout == "every_second_column":
+        hidden_states, weights = (torch.stack([x, x], -1).flatten(1)[:, ::2] for x in (hidden_states, weights))
+    else:
+        hidden_states = hidden_states[:1].expand(case.tokens, -1)
+    assert not hidden_states.is_contiguous()
+    inputs = hidden_states, index, weights, grad_output
+    assert_close(run(experts, inputs), run_reference(case, experts, inputs), RELATIVE_ERROR[torch.float32])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_tokens(implementation):
+    experts = make_experts(Case(), torch.float32, implementation)
+    result = run(experts, make_inputs(Case(tokens=0), torch.float32))
+    assert result["output"].shape == (0, 16)
+    assert all((gradient == 0).all() for gradient in result.values())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_ids_above_num_experts_are_skipped_too(implementation):
+    case = CASES["masked_slots"]
+    experts = make_experts(case, torch.float32, implementation)
+    hidden_states, index, weights, grad_output = make_inputs(case, torch.float32)
+    expected = run_reference(case, experts, (hidden_states, index, weights, grad_output))
+    index = torch.where(index == case.num_experts, index + 5, index)
+    actual = run(experts, (hidden_states, index, weights, grad_output))
+    assert_close(actual, expected, RELATIVE_ERROR[torch.float32])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_inputs_are_not_changed(implementation):
+    inputs = make_inputs(CASES["masked_slots"], torch.float32)
+    before = copy.deepcopy(inputs)
+    run(make_experts(CASES["masked_slots"], torch.float32, implementation), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_frozen_weights_pass_the_gradient_on(implementation):
+    case = Case()
+    experts = make_experts(case, torch.float64, implementation).requires_grad_(False)
+    hidden_states, index, weights, grad_output = inputs = make_inputs(case, torch.float64)
+    expected = run_reference(case, experts, inputs)
+    hidden_states.requires_grad_()
+    experts(hidden_states, index, weights).backward(grad_output)
+    assert_close(
+        {"d hidden_states": hidden_states.grad},
+        {"d hidden_states": expected["d hidden_states"]},
+        RELATIVE_ERROR[torch.float64],
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "wider_than_128", "masked_slots"])
+def test_bfloat16_is_close_to_the_reference(name, implementation):
+    case = CASES[name]
+    experts = make_experts(case, torch.bfloat16, implementation)
+    inputs = make_inputs(case, torch.bfloat16)
+    actual = run(experts, inputs)
+    assert all(value.dtype == torch.bfloat16 for value in actual.values())
+    assert_close(actual, run_reference(case, experts, inputs), RELATIVE_ERROR[torch.bfloat16])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "empty_middle_group", "masked_slots"])
+def test_autocast_is_close_to_the_reference(name, implementation):
+    case = CASES[name]
+    experts = make_experts(case, torch.float32, implementation)
+    inputs = make_inputs(case, torch.float32)
+    expected = run_reference(case, experts, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(experts, inputs)
+    assert all(value.dtype == torch.float32 for value in actual.values())
+    assert_close(actual, expected, RELATIVE_ERROR[torch.bfloat16])
+    difference = (actual["output"] - expected["output"]).abs().max()
+    assert difference > 1e-5 * expected["output"].abs().max(), "autocast had no effect"
+
+
+class CountRows(TorchDispatchMode):
+    """Rows that went into `grouped_mm`."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._grouped_mm.default:
+            self.rows.append(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_grouped_mm_computes_nothing_for_masked_slots():
+    case = CASES["masked_slots"]
+    hidden_states, index, weights, _ = make_inputs(case, torch.float32)
+    used = (index < case.num_experts).sum().item()
+    with CountRows() as grouped_mm, torch.no_grad():
+        make_experts(case, torch.float32, "grouped_mm")(hidden_states, index, weights)
+    assert 0 < sum(grouped_mm.rows) == 2 * used < 2 * index.numel()  # gate_up and down
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_only_grouped_mm_uses_grouped_mm(implementation):
+    hidden_states, index, weights, _ = make_inputs(Case(), torch.float32)
+    with CountRows() as grouped_mm, torch.no_grad():
+        make_experts(Case(), torch.float32, implementation)(hidden_states, index, weights)
+    assert not grouped_mm.rows
+
+
+def test_unknown_implementation_is_refused():
+    experts = make_experts(Case(), torch.float32, "no_such_implementation")
+    with pytest.raises(KeyError, match="no_such_implementation"):
+        experts(*make_inputs(Case(), torch.float32)[:3])
+
+
+def test_registered_function_of_one_width_runs_for_each_group():
+    """What a third party registers with transformers for experts of one width works here, group by group."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
+
+    seen = []
+
+    def recorded(experts, hidden_states, top_k_index, top_k_weights):
+        seen.append((experts.num_experts, experts.down_proj.shape[-1], hidden_states.shape[0]))
+        return batched_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+
+    case = Case()
+    inputs = make_inputs(case, torch.float64)
+    ALL_EXPERTS_FUNCTIONS.register("recorded", recorded)
+    try:
+        experts = make_experts(case, torch.float64, "recorded")
+        actual = run(experts, inputs)
+    finally:
+        del ALL_EXPERTS_FUNCTIONS._global_mapping["recorded"]
+    assert seen == [(2, 8, 23), (4, 24, 23), (6, 40, 23)]
+    assert_close(actual, run_reference(case, experts, inputs), RELATIVE_ERROR[torch.float64])
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "empty_middle_group", "masked_slots"])
+def test_compiled_grouped_mm_equals_eager_mode(name):
+    case = CASES[name]
+    experts = make_experts(case, torch.float32, "grouped_mm")
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    inputs = make_inputs(case, torch.float32)
+    actual = forward_and_backward(compiled, dict(experts.named_parameters()), *inputs)
+    assert_close(actual, run(experts, inputs), 1e-6)
+    assert_close(actual, run_reference(case, experts, inputs), RELATIVE_ERROR[torch.float32])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_for_any_number_of_tokens():
+    experts = make_experts(Case(), torch.float32, "grouped_mm")
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 9, 2):
+        case = Case(tokens=tokens)
+        inputs = make_inputs(case, torch.float32)
+        actual = forward_and_backward(compiled, dict(experts.named_parameters()), *inputs)
+        assert_close(actual, run_reference(case, experts, inputs), RELATIVE_ERROR[torch.float32])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("inside", [False, True], ids=["autocast_around_call", "autocast_inside_function"])
+def test_compiled_under_autocast(inside):
+    case = Case()
+    experts = make_experts(case, torch.float32, "grouped_mm")
+    inputs = make_inputs(case, torch.float32)
+
+    def function(*arguments):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return experts(*arguments)
+
+    compiled = torch.compile(function if inside else experts, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        actual = forward_and_backward(compiled, dict(experts.named_parameters()), *inputs)
+    assert all(value.dtype == torch.float32 for value in actual.values())
+    assert_close(actual, run_reference(case, experts, inputs), RELATIVE_ERROR[torch.bfloat16])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_frozen_weights():
+    case = Case()
+    experts = make_experts(case, torch.float32, "grouped_mm").requires_grad_(False)
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    hidden_states, index, weights, grad_output = inputs = make_inputs(case, torch.float32)
+    expected = run_reference(case, experts, inputs)
+    hidden_states.requires_grad_()
+    compiled(hidden_states, index, weights).backward(grad_output)
+    assert_close(
+        {"d hidden_states": hidden_states.grad},
+        {"d hidden_states": expected["d hidden_states"]},
+        RELATIVE_ERROR[torch.float32],
+    )
+
+
+@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "masked_slots"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_operators_pass_opcheck(name, dtype):
+    case = CASES[name]
+    experts = make_experts(case, dtype, "grouped_mm")
+    hidden_states, index, weights, grad_output = make_inputs(case, dtype)
+    gate_up, down = map(list, zip(*experts.groups(), strict=True))
+    keys = experts.sort_keys(index)
+    arguments = (hidden_states, keys, weights, gate_up, down, experts.keys_per_group)
+    differentiable = (hidden_states.clone().requires_grad_(), keys, weights.clone().requires_grad_(), *arguments[3:])
+    torch.library.opcheck(torch.ops.mohge.grouped_swiglu, differentiable)
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.mohge.grouped_swiglu_backward, (grad_output, *arguments))

@@ -1,0 +1,223 @@
+"""A checkpoint carries its own code: it loads with `trust_remote_code=True` where the package is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mohge import MoHGEConfig, MoHGEForCausalLM
+
+
+CONFIGS = {
+    "two_level": {"per_layer_config": {1: {"moe_intermediate_sizes": [16, 32, 64]}}, "shared_expert_gate": True},
+    "top_p": {"router_type": "top_p", "num_key_value_heads": 2, "qk_norm": "head", "sliding_window": 4},
+    "grouped_top_k": {
+        "router_type": "grouped_top_k",
+        "router_logit_ema_strength": 0.5,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "tie_word_embeddings": True,
+    },
+}
+
+WITHOUT_PACKAGE = """
+import sys
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mohge", "mohge_kernels"):
+            raise ImportError(f"{name} is not installed here")
+
+
+sys.meta_path.insert(0, Missing())
+"""
+
+LOAD = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+torch.set_num_threads(1)
+report = {}
+for path in map(Path, sys.argv[1:]):
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    base = AutoModel.from_pretrained(path, trust_remote_code=True)
+    expected = torch.load(path / "expected.pt")
+    logits = {}
+    with torch.no_grad():
+        for implementation in ("grouped_mm", "eager", "batched_mm"):
+            model.set_experts_implementation(implementation)
+            logits[implementation] = model(expected["input_ids"]).logits
+        base.set_experts_implementation("eager")
+        hidden = base(expected["input_ids"]).last_hidden_state
+        generated = model.generate(expected["input_ids"], max_new_tokens=4, do_sample=False)
+    model.train()
+    loss = model(expected["input_ids"], labels=expected["input_ids"]).loss
+    loss.backward()
+    again = path / "again"
+    model.eval().save_pretrained(again)
+    report[path.name] = {
+        "modules": [type(x).__module__ for x in (config, model, base)],
+        "classes": [type(x).__name__ for x in (config, model, base)],
+        "same_logits": {name: torch.equal(value, expected["logits"][name]) for name, value in logits.items()},
+        "same_hidden": torch.equal(model.lm_head(hidden), expected["logits"]["eager"]),
+        "same_tokens": torch.equal(generated, expected["generated"]),
+        "loss": loss.item(),
+        "without_gradient": [name for name, p in model.named_parameters() if p.grad is None],
+        "saved_again": sorted(file.name for file in again.glob("*.py")),
+        "imported": "mohge" in sys.modules,
+    }
+print(json.dumps(report))
+"""
+
+
+BESIDE_PACKAGE = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+torch.set_num_threads(1)
+package_first, *paths = sys.argv[1:]
+if package_first == "True":
+    import mohge
+report = {}
+for path in map(Path, paths):
+    expected = torch.load(path / "expected.pt")
+    copied = get_class_from_dynamic_module("modeling_mohge.MoHGEForCausalLM", path).from_pretrained(path)
+    import mohge
+
+    installed = AutoModelForCausalLM.from_pretrained(path)
+    report[path.name] = {"modules": [type(model).__module__ for model in (copied, installed)]}
+    for which, model in (("copied", copied), ("installed", installed)):
+        with torch.no_grad():
+            logits = model(expected["input_ids"]).logits
+        compiled = torch.compile(model.model.layers[0].mlp.experts, fullgraph=True, backend="aot_eager")
+        hidden, index = torch.randn(5, 32), torch.arange(15).view(5, 3) % 12
+        output = compiled(hidden, index, torch.ones(5, 3))
+        report[path.name][which] = {
+            "same_logits": torch.equal(logits, expected["logits"]["grouped_mm"]),
+            "compiled": torch.allclose(output, model.model.layers[0].mlp.experts(hidden, index, torch.ones(5, 3))),
+        }
+print(json.dumps(report))
+"""
+
+
+def run_python(code: str, home: Path, *arguments) -> dict:
+    """Run `code` isolated and offline. The JSON on the last line of its output."""
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Saved models, each with the logits of its inputs. The expected values are those of a loaded model too: the
+    alignment of mapped memory decides how a matrix product rounds."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    paths = {}
+    for name, kwargs in CONFIGS.items():
+        torch.manual_seed(0)
+        config = MoHGEConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            moe_intermediate_sizes=[8, 24, 40],
+            num_experts_per_group=[2, 4, 6],
+            num_experts_per_tok=3,
+            shared_expert_intermediate_size=16,
+            **kwargs,
+        )
+        model = MoHGEForCausalLM(config)
+        for router in model.model.routers:
+            if router.corrects_logits:
+                router.logit_ema_E.normal_()
+        path = paths[name] = folder / name
+        model.save_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        assert type(model) is MoHGEForCausalLM
+        input_ids = torch.randint(1, 64, (2, 9))
+        logits = {}
+        with torch.no_grad():
+            for implementation in ("grouped_mm", "eager", "batched_mm"):
+                model.set_experts_implementation(implementation)
+                logits[implementation] = model(input_ids).logits
+            generated = model.generate(input_ids, max_new_tokens=4, do_sample=False)
+        loss = model.train()(input_ids, labels=input_ids).loss.item()
+        expected = {"input_ids": input_ids, "logits": logits, "generated": generated, "loss": loss}
+        torch.save(expected, path / "expected.pt")
+    torch.set_num_threads(threads)
+    return paths
+
+
+def test_checkpoint_has_all_its_code(checkpoints):
+    for path in checkpoints.values():
+        auto_map = json.loads((path / "config.json").read_text())["auto_map"]
+        assert auto_map == {
+            "AutoConfig": "configuration_mohge.MoHGEConfig",
+            "AutoModel": "modeling_mohge.MoHGEModel",
+            "AutoModelForCausalLM": "modeling_mohge.MoHGEForCausalLM",
+        }
+        files = {file.name for file in path.glob("*.py")}
+        assert {"configuration_mohge.py", "modeling_mohge.py"} <= files
+        # Every module that a copied file imports from beside itself was copied too.
+        for name in files:
+            for line in (path / name).read_text().splitlines():
+                if line.startswith("from ."):
+                    assert line.split()[1].removeprefix(".") + ".py" in files, (name, line)
+
+
+def test_loads_where_the_package_is_not_installed(checkpoints, tmp_path):
+    report = run_python(WITHOUT_PACKAGE + LOAD, tmp_path, *checkpoints.values())
+    assert report.keys() == checkpoints.keys()
+    for name, path in checkpoints.items():
+        loaded = report[name]
+        assert all(module.startswith("transformers_modules.") for module in loaded["modules"]), loaded["modules"]
+        assert not loaded["imported"]
+        assert loaded["classes"] == ["MoHGEConfig", "MoHGEForCausalLM", "MoHGEModel"]
+        assert loaded["same_logits"] == dict.fromkeys(("grouped_mm", "eager", "batched_mm"), True)
+        assert loaded["same_hidden"]
+        assert loaded["same_tokens"]
+        assert loaded["loss"] == pytest.approx(torch.load(path / "expected.pt")["loss"], rel=1e-6)
+        assert loaded["without_gradient"] == []
+        assert "modeling_mohge.py" in loaded["saved_again"]  # a fine-tuned copy can be shared on
+
+
+@pytest.mark.parametrize("package_first", [True, False], ids=["package_first", "copy_first"])
+def test_copy_and_installed_package_in_one_process(package_first, checkpoints, tmp_path):
+    """Both register the same operators."""
+    report = run_python(BESIDE_PACKAGE, tmp_path, package_first, *checkpoints.values())
+    assert report.keys() == checkpoints.keys()
+    for loaded in report.values():
+        copied, installed = loaded["modules"]
+        assert copied.startswith("transformers_modules.")
+        assert installed == "mohge.modeling_mohge"
+        assert loaded["copied"] == loaded["installed"] == {"same_logits": True, "compiled": True}
