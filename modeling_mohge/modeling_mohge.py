@@ -270,12 +270,11 @@ class MoHGESparseMoeBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = RouterOutput(*self.gate(flat_hidden_states))
+        routing: RouterOutput = self.gate(flat_hidden_states)
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
         index = routing.index
-        if (
-            self.experts._is_expert_parallel
-        ):  # its dispatch knows no empty slots: let them repeat the first, at weight 0
+        if self.experts._is_expert_parallel:
+            # Its dispatch knows no empty slots: they repeat the token's first expert, at weight 0.
             index = torch.where(index < len(self.gate.weight), index, index[:, :1])
         output = self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
         if self.shared_expert is not None:

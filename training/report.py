@@ -45,7 +45,8 @@ def evaluate_routing(model: MoHGEForCausalLM, input_ids: torch.Tensor, batch_siz
         width = torch.zeros(batch.numel())
         counts = []
         for layer, index in zip(config.sparse_layers, outputs.router_index, strict=True):
-            chosen = F.one_hot(index, layer.num_experts + 1)[..., :-1].sum(1).float()  # an empty slot has id E
+            chosen = torch.zeros(batch.numel(), layer.num_experts + 1).scatter_(1, index, 1.0)
+            chosen = chosen[:, :-1]  # empty slots have id E
             counts.append(chosen.sum(0))
             choices.index_add_(1, torch.tensor(layer.expert_groups), chosen)
             width += chosen @ torch.tensor(layer.expert_widths, dtype=torch.float)
@@ -134,7 +135,7 @@ def _plot_group_load(history: list[dict], labels: list[str], colors) -> pyplot.F
     for group, label in enumerate(labels):
         axes.plot([entry["step"] for entry in entries], share[:, group], color=colors[group], label=label)
     axes.set(xlabel="step", ylabel="share of choices", ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
