@@ -34,6 +34,10 @@ class HeterogeneousExpertsInterface(ExpertsInterface):
         return partial(per_group_forward, function=function)
 
 
+_FEW_PAIRS = 16
+"""Up to this many pairs, `_pair_by_pair` was the faster one (measured on two cores, hidden sizes 512 and 1024)."""
+
+
 class _SortedPairs:
     """The pairs of a token and an expert, sorted by group and by expert inside it; pairs to skip come last."""
 
@@ -91,6 +95,8 @@ def _grouped(
     dtype = gate_up[0].dtype
     if torch.is_autocast_enabled(hidden_states.device.type):  # grouped_mm does not follow autocast by itself
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
+    if keys_TK.numel() <= _FEW_PAIRS and keys_TK.device.type == "cpu" and not torch.is_grad_enabled():
+        return _pair_by_pair(hidden_states.to(dtype), keys_TK, weights_TK, gate_up, down, keys_per_group, act_fn)
     pairs = _SortedPairs(keys_TK, [w.shape[0] for w in gate_up], keys_per_group)
     rows = []
     for rows_in, offsets, gate_up_g, down_g in zip(
@@ -102,6 +108,29 @@ def _grouped(
         gate, up = _grouped_linear(rows_in, gate_up_g.to(dtype), offsets).chunk(2, dim=-1)
         rows.append(_grouped_linear(act_fn(gate) * up, down_g.to(dtype), offsets))
     return pairs.combine(rows, weights_TK)
+
+
+def _pair_by_pair(
+    hidden_states: torch.Tensor,
+    keys_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up: list[torch.Tensor],
+    down: list[torch.Tensor],
+    keys_per_group: int,
+    act_fn: Callable,
+) -> torch.Tensor:
+    """`_grouped` for the few pairs of a decoding step on CPU, where sorting would take longer than the products."""
+    rows = []
+    for pair, key in enumerate(keys_TK.flatten().tolist()):
+        group, slot = divmod(key, keys_per_group)
+        row = hidden_states[pair // keys_TK.shape[1]]
+        if group == len(gate_up):
+            rows.append(torch.zeros_like(row))
+            continue
+        gate, up = F.linear(row, gate_up[group][slot].to(row.dtype)).chunk(2)
+        rows.append(F.linear(act_fn(gate) * up, down[group][slot].to(row.dtype)))
+    rows_TKH = torch.stack(rows).view(*keys_TK.shape, hidden_states.shape[1])
+    return (weights_TK.to(rows_TKH.dtype).unsqueeze(1) @ rows_TKH).squeeze(1)
 
 
 def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

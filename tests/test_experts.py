@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -430,3 +430,17 @@ def test_operators_pass_opcheck(name, dtype):
     torch.library.opcheck(torch.ops.mohge.grouped_swiglu, differentiable)
     with torch.no_grad():
         torch.library.opcheck(torch.ops.mohge.grouped_swiglu_backward, (grad_output, *arguments))
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6, 40], ids=["one", "few", "one_more_than_few", "many"])
+@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "masked_slots", "empty_middle_group"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_inference_without_gradients(implementation, name, tokens):
+    """Without gradients idle groups are left out, and up to 16 pairs go one by one."""
+    case = replace(CASES[name], tokens=tokens)
+    experts = make_experts(case, torch.float32, implementation)
+    *inputs, _ = make_inputs(case, torch.float32)
+    parameters = {name: parameter.double() for name, parameter in experts.named_parameters()}
+    with torch.no_grad():
+        expected = reference(case, parameters, inputs[0].double(), inputs[1], inputs[2].double())
+        assert_close({"output": experts(*inputs)}, {"output": expected}, RELATIVE_ERROR[torch.float32])
