@@ -273,8 +273,8 @@ class MoHGESparseMoeBlock(nn.Module):
         routing: RouterOutput = self.gate(flat_hidden_states)
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
         index = routing.index
-        if self.experts._is_expert_parallel:
-            # Its dispatch knows no empty slots: they repeat the token's first expert, at weight 0.
+        if getattr(self.experts, "_is_expert_parallel", False):  # an adapter that wraps the experts hides it
+            # Expert-parallel dispatch knows no empty slots: they repeat the token's first expert, at weight 0.
             index = torch.where(index < len(self.gate.weight), index, index[:, :1])
         output = self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
         if self.shared_expert is not None:

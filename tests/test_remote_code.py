@@ -108,11 +108,11 @@ for path in map(Path, paths):
         with torch.no_grad():
             logits = model(expected["input_ids"]).logits
         compiled = torch.compile(model.model.layers[0].mlp.experts, fullgraph=True, backend="aot_eager")
-        hidden, index = torch.randn(5, 32), torch.arange(15).view(5, 3) % 12
-        output = compiled(hidden, index, torch.ones(5, 3))
+        inputs = torch.randn(5, 32), torch.arange(15).view(5, 3) % 12, torch.ones(5, 3)
+        output, eager = compiled(*inputs), model.model.layers[0].mlp.experts(*inputs)
         report[path.name][which] = {
             "same_logits": torch.equal(logits, expected["logits"]["grouped_mm"]),
-            "compiled": torch.allclose(output, model.model.layers[0].mlp.experts(hidden, index, torch.ones(5, 3))),
+            "compiled": torch.allclose(output, eager, rtol=1e-4, atol=1e-6) and bool(eager.abs().max() > 1e-4),
         }
 print(json.dumps(report))
 """

@@ -45,7 +45,9 @@ RUNS = [*ROUTER_COEFFICIENTS, "expert, per group", "logit correction"]
 def test_loss_and_gradient_do_not_depend_on_the_split(name, split, whole_batch, request):
     other = request.getfixturevalue(split)
     for key in ("loss", "grad_norm"):
-        torch.testing.assert_close(other[name][key], whole_batch[name][key], rtol=2e-5, atol=0)
+        (first, second), (other_first, other_second) = whole_batch[name][key], other[name][key]
+        assert other_first == pytest.approx(first, rel=1e-5)
+        assert other_second == pytest.approx(second, rel=5e-4)  # Adam makes much of the rounding of small gradients
 
 
 @pytest.mark.parametrize("name", RUNS)
