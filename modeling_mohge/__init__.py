@@ -4,7 +4,6 @@ Importing this package registers `model_type="mohge"` with `AutoConfig`, `AutoMo
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_mohge import MoHGEConfig
 from .modeling_mohge import MoHGEForCausalLM, MoHGEModel, MoHGEPreTrainedModel
@@ -13,8 +12,6 @@ from .modeling_mohge import MoHGEForCausalLM, MoHGEModel, MoHGEPreTrainedModel
 AutoConfig.register("mohge", MoHGEConfig)
 AutoModel.register(MoHGEConfig, MoHGEModel)
 AutoModelForCausalLM.register(MoHGEConfig, MoHGEForCausalLM)
-# Trainer shifts labels under label smoothing only for class names in this table, which `register` does not fill.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mohge", MoHGEForCausalLM.__name__)
 # `save_pretrained` then copies the code beside the weights, for `trust_remote_code=True` where mohge is missing.
 MoHGEConfig.register_for_auto_class()
 MoHGEModel.register_for_auto_class("AutoModel")

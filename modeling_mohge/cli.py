@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, StrictDataclassError) as error:
         print(f"mohge {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\nmohge {options.command}: interrupted, nothing was written", file=sys.stderr)
+        return 1
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -58,7 +61,10 @@ def load_config(source: str) -> MoHGEConfig:
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != "mohge":
         raise ValueError(f'{source} has `model_type` "{model_type}", not "mohge": give the config of a MoHGE model')
-    return MoHGEConfig.from_dict(values)
+    try:
+        return MoHGEConfig.from_dict(values)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{source} is no valid config ({type(error).__name__}: {error}): mend that field") from error
 
 
 def _add_demo_arguments(parser: argparse.ArgumentParser):

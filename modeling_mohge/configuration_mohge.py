@@ -7,7 +7,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 ROUTER_COEFFICIENTS = {
@@ -131,17 +131,16 @@ class MoHGEConfig(PreTrainedConfig):
             Probability that the set chosen by `router_type="top_p"` must reach.
         router_group_aux_loss_coef (`float`, *optional*, defaults to 1e-05):
             Coefficient of the group-wise loss, which pulls tokens to small groups. Two-level router only; it is 0
-            for the others.
+            for the others. The number is the release's, which adds up its 15 layers; here losses are averaged.
         group_aux_loss_start (`float`, *optional*, defaults to 0.5):
             Fraction of training after which the group-wise loss is active.
         group_size_interval (`int`, *optional*, defaults to 1024):
             Interval `D` of the size factor `(W_g - W_min + D) / D` of the group-wise loss.
         router_expert_aux_loss_coef (`float`, *optional*, defaults to 0.005):
-            Coefficient of the loss that balances experts.
+            Coefficient of the loss that balances experts. The number is the release's, as above.
         router_expert_aux_loss_type (`str`, *optional*, defaults to `"global"`):
-            `"global"` is the paper's form and the one its coefficient belongs to, hence the default; over all experts
-            at once it also pushes groups towards equal traffic. `"per_group"` normalises each group by its own
-            traffic and balances inside groups only.
+            `"global"` is the paper's form, hence the default; over all experts at once it also pushes groups towards
+            equal traffic. `"per_group"` normalises each group by its own traffic and balances inside groups only.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.0):
             Coefficient of the Switch load-balancing loss.
         router_z_loss_coef (`float`, *optional*, defaults to 0.0):
@@ -397,12 +396,12 @@ class MoHGEConfig(PreTrainedConfig):
             if self.qk_norm == "head":
                 attention |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
         feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-        return (
-            {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
-            | {f"layers.*.mlp.{name}": style for name, style in feed_forward.items()}
-            | {f"layers.*.mlp.shared_expert.{name}": style for name, style in feed_forward.items()}
-            | self._experts_plan("packed_colwise", "rowwise", "moe_tp_experts")
-        )
+        plan = {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
+        if self.mlp_only_layers:
+            plan |= {f"layers.*.mlp.{name}": style for name, style in feed_forward.items()}
+        if self.shared_expert_intermediate_size:
+            plan |= {f"layers.*.mlp.shared_expert.{name}": style for name, style in feed_forward.items()}
+        return plan | self._experts_plan("packed_colwise", "rowwise", "moe_tp_experts")
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:
@@ -430,6 +429,12 @@ class MoHGEConfig(PreTrainedConfig):
             raise ValueError(f"`clip_qkv` is {self.clip_qkv}: it must be above 0, or None for no clipping")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"`attention_dropout` is {self.attention_dropout}: it is a probability, in [0, 1)")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"`pad_token_id` is {self.pad_token_id}: it must be below `vocab_size`, or None")
+        for name in ("initializer_range", "rms_norm_eps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}: it must not be negative")
+        self._validate_rope()
         if self.hidden_act not in ACT2FN:
             raise ValueError(f'`hidden_act` is "{self.hidden_act}", which transformers does not have: use "silu"')
         if self.num_attention_heads % self.num_key_value_heads:
@@ -440,6 +445,12 @@ class MoHGEConfig(PreTrainedConfig):
         if self.head_dim % 2:
             name = "head_dim" if self.kv_lora_rank is None else "qk_rope_head_dim"
             raise ValueError(f"`{name}` is {self.head_dim}: rotary embeddings need an even number")
+        kinds = {"full_attention", "sliding_attention"}
+        if len(self.layer_types) != self.num_hidden_layers or not kinds.issuperset(self.layer_types):
+            raise ValueError(
+                f"`layer_types` is {self.layer_types}: leave it None, or give `num_hidden_layers` "
+                f"({self.num_hidden_layers}) entries, each {' or '.join(sorted(kinds))}"
+            )
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
             raise ValueError(
                 '`layer_types` has "sliding_attention" but `sliding_window` is None: set `sliding_window` to a number '
@@ -464,6 +475,21 @@ class MoHGEConfig(PreTrainedConfig):
                 f"`mlp_only_layers` names the layers {outside}, but there are layers 0 to "
                 f"{self.num_hidden_layers - 1} only: remove them"
             )
+
+    def _validate_rope(self):
+        rope_type = self.rope_parameters.get("rope_type")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(
+                f'`rope_parameters` has rope_type "{rope_type}": use one of default, '
+                f"{', '.join(ROPE_INIT_FUNCTIONS)}, the same for all layers"
+            )
+        if not self.rope_parameters.get("rope_theta", 0) > 0:
+            raise ValueError("`rope_parameters` needs a `rope_theta` above 0, such as 10000.0")
+        if rope_type != "default":
+            try:
+                ROPE_INIT_FUNCTIONS[rope_type](self)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f'`rope_parameters` lacks {error} for rope_type "{rope_type}": give it') from error
 
     def validate_experts(self):
         """Check the fields that shape the expert groups."""
@@ -493,8 +519,12 @@ class MoHGEConfig(PreTrainedConfig):
 
     def validate_router(self):
         """Check that every token can be given its experts."""
-        for layer in self._distinct_layers():
-            self._validate_choice(layer)
+        for index, layer in enumerate(self._distinct_layers()):
+            try:
+                self._validate_choice(layer)
+            except ValueError as error:
+                where = f"`per_layer_config`, sparse layer {index}: " if self.is_heterogeneous else ""
+                raise ValueError(f"{where}{error}") from None
         if self.router_type == "top_p" and not 0 < self.router_top_p <= 1:
             raise ValueError(f"`router_top_p` is {self.router_top_p}: it is a probability in (0, 1]")
         if self.routed_scaling_factor <= 0:
@@ -545,7 +575,7 @@ class MoHGEConfig(PreTrainedConfig):
     def validate_router_losses(self):
         """Check coefficients and schedules of the router losses."""
         for name in ROUTER_COEFFICIENTS.values():
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN too
                 raise ValueError(f"`{name}` is {getattr(self, name)}: use 0 to switch the loss off")
         if self.router_group_aux_loss_coef and self.router_type != "two_level":
             raise ValueError(

@@ -237,34 +237,50 @@ def per_group_forward(
     function: Callable,
 ) -> torch.Tensor:
     """
-    Run `function`, which transformers has for experts of one width, on each group and add up. Pairs of other groups
-    are masked the way expert parallelism masks those of other ranks: local id `N_g` and weight 0.
+    Run `function`, which transformers has for experts of one width, on the pairs of each group.
 
-    Nothing here depends on the routing's values, so it captures in a CUDA graph; the price is that every group sees
-    all T K pairs, which suits decoding and few groups.
+    In a compiled or captured graph, where the sizes of the groups cannot be known, every group sees all pairs instead;
+    those of other groups are masked the way expert parallelism masks those of other ranks: local id `N_g`, weight 0.
     """
     keys_TK = experts.sort_keys(top_k_index)
-    output = torch.zeros_like(hidden_states)
-    for group, (gate_up, down) in enumerate(experts.groups()):
-        masked = keys_TK // experts.keys_per_group != group
-        view = SimpleNamespace(
-            gate_up_proj=gate_up,
-            down_proj=down,
-            num_experts=gate_up.shape[0],
-            act_fn=experts.act_fn,
-            has_gate=True,
-            has_bias=False,
-            has_post_expert_norm=False,
-            is_concatenated=True,
-            is_transposed=False,
-            config=experts.config,
-            training=experts.training,
-            _apply_gate=experts._apply_gate,
-            _is_expert_parallel=True,
-        )
-        slots_TK = (keys_TK % experts.keys_per_group).masked_fill(masked, view.num_experts)
-        output = output + function(view, hidden_states, slots_TK, top_k_weights.masked_fill(masked, 0))
-    return output
+    views = [_view_of_group(experts, gate_up, down) for gate_up, down in experts.groups()]
+    if is_torchdynamo_compiling() or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
+        output = torch.zeros_like(hidden_states)
+        for group, view in enumerate(views):
+            masked = keys_TK // experts.keys_per_group != group
+            slots_TK = (keys_TK % experts.keys_per_group).masked_fill(masked, view.num_experts)
+            output = output + function(view, hidden_states, slots_TK, top_k_weights.masked_fill(masked, 0))
+        return output
+    pairs = _SortedPairs(keys_TK, [view.num_experts for view in views], experts.keys_per_group)
+    rows = []
+    for view, rows_in, keys in zip(
+        views, pairs.gather(hidden_states), pairs.keys_S.split(pairs.sizes)[:-1], strict=True
+    ):
+        if rows_in.shape[0] == 0 and not torch.is_grad_enabled():
+            rows.append(rows_in)
+            continue
+        slots = (keys % experts.keys_per_group).unsqueeze(1)
+        rows.append(function(view, rows_in, slots, rows_in.new_ones(slots.shape)))
+    return pairs.combine(rows, top_k_weights).to(hidden_states.dtype)
+
+
+def _view_of_group(experts: nn.Module, gate_up: torch.Tensor, down: torch.Tensor) -> SimpleNamespace:
+    """What a function for experts of one width reads of its module."""
+    return SimpleNamespace(
+        gate_up_proj=gate_up,
+        down_proj=down,
+        num_experts=gate_up.shape[0],
+        act_fn=experts.act_fn,
+        has_gate=True,
+        has_bias=False,
+        has_post_expert_norm=False,
+        is_concatenated=True,
+        is_transposed=False,
+        config=experts.config,
+        training=experts.training,
+        _apply_gate=experts._apply_gate,
+        _is_expert_parallel=True,
+    )
 
 
 if is_torch_distributed_available():

@@ -82,11 +82,15 @@ def describe(config: MoHGEConfig) -> str:
     lines += [
         f"total parameters      {_short(counts.total)}  of which routed experts {_short(counts.routed)}, embeddings "
         f"{_short(counts.embedding)}",
-        f"activated per token   {_short(counts.activated)}  with equal traffic; {_short(counts.activated_min)} to "
+        f"activated per token   {_short(counts.activated)}  {_assumption(config)}; {_short(counts.activated_min)} to "
         f"{_short(counts.activated_max)} by routing",
         f"  of which FFN        {_short(counts.activated_ffn)}",
     ]
     return "\n".join(lines)
+
+
+def _assumption(config: MoHGEConfig) -> str:
+    return "with equal traffic" + (", if every set is full" if config.router_type == "top_p" else "")
 
 
 def _rule(layer: MoHGEConfig) -> str:

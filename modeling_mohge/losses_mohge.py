@@ -31,12 +31,13 @@ def router_losses(
     progress: torch.Tensor,
 ) -> RouterLosses:
     r"""
-    Router losses of the layers `routers`, averaged over the layers so that coefficients do not depend on depth (the
-    MoHGE release sums over layers).
+    Router losses of the layers `routers`, averaged over the layers so that coefficients do not depend on depth. (The
+    MoHGE release adds the layers up: multiply its coefficients by the number of layers for the same strength.)
 
     The balance losses are products of batch means, so the losses of the parts of a batch do not add up to the loss
     of the whole. Where the batch is split, over accumulation steps or ranks, each sequence is therefore a segment of
-    its own, and the segments are weighted by `sequence_weights`: any split gives the same loss and gradient.
+    its own, and the segments are weighted by `sequence_weights`: any split into rows gives the same loss and gradient.
+    A row counts as one sequence, also if documents are packed into it; balance over a short row is mostly noise.
 
     Args:
         routers (`list[MoHGERouter]`): The L routers.
@@ -52,12 +53,15 @@ def router_losses(
         mask, sequence_weights = mask.reshape(1, -1), mask.new_ones(1)
     sequence_weights = sequence_weights.to(mask.dtype)
 
-    layers = [_layer_losses(router, output, mask) for router, output in zip(routers, outputs, strict=True)]
+    layers = [  # which may sit on several devices
+        _layer_losses(router, output, mask.to(output.logits.device))
+        for router, output in zip(routers, outputs, strict=True)
+    ]
     schedules = _schedules(routers[0].config, progress)
     aux_loss = mask.new_zeros(())
     values = {}
     for name in _switched_on(routers[0].config):
-        per_segment = torch.stack([losses[name] for losses, _ in layers]).mean(0)
+        per_segment = torch.stack([losses[name].to(mask.device) for losses, _ in layers]).mean(0)
         weighted = per_segment @ sequence_weights
         aux_loss = aux_loss + getattr(routers[0].config, ROUTER_COEFFICIENTS[name]) * schedules.get(name, 1) * weighted
         values[name] = weighted.detach() / sequence_weights.sum().clamp(min=torch.finfo(mask.dtype).tiny)
@@ -130,8 +134,8 @@ def _load_balancing(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
 def _parameter_penalty(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
     """HMoE's P-penalty (https://huggingface.co/papers/2408.10681, section 3): the Switch loss with each frequency
     times the expert's width over the mean width."""
-    widths = torch.tensor(config.expert_widths, dtype=s.counts_RE.dtype, device=s.counts_RE.device)
-    share_RE = s.counts_RE / s.tokens_R1 * (widths / widths.mean())
+    widths_E = s.router.widths_G.to(s.mask_RS.dtype) @ s.router.membership_GE.to(s.mask_RS.dtype)
+    share_RE = s.counts_RE / s.tokens_R1 * (widths_E / widths_E.mean())
     return config.num_experts * (share_RE * s.mean(s.log_probabilities_TE.exp())).sum(-1)
 
 
@@ -167,18 +171,18 @@ def _inter_group(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
 def _group(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
     """MoHGE's group-wise loss (https://huggingface.co/papers/2604.23108): `G sum_g r_g f_g P_g` with f the share of
     choices that kept the group, P the mean softmax of the group logits and `r_g = (W_g - W_min + D) / D`."""
-    widths = torch.tensor(config.moe_intermediate_sizes, dtype=s.mask_RS.dtype, device=s.mask_RS.device)
-    size_factor = (widths - widths.min() + config.group_size_interval) / config.group_size_interval
+    widths_G = s.router.widths_G.to(s.mask_RS.dtype)
+    size_factor_G = (widths_G - widths_G.min() + config.group_size_interval) / config.group_size_interval
     kept_TJ = s.output.group_index
     ones_TJ = torch.ones_like(kept_TJ, dtype=s.mask_RS.dtype)
     frequency_RG = s.add_up(kept_TJ, ones_TJ, config.num_groups) / (s.tokens_R1 * config.num_groups_per_tok)
     probability_RG = s.mean(s.output.group_logits.softmax(-1))
-    return config.num_groups * (size_factor * frequency_RG * probability_RG).sum(-1)
+    return config.num_groups * (size_factor_G * frequency_RG * probability_RG).sum(-1)
 
 
 def _expert(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
     """MoHGE's intra-group experts loss (https://huggingface.co/papers/2604.23108): `(E J / G) sum_e f_e P_e` with f
-    the share of choices that fell on the expert, P its mean combine weight before `routed_scaling_factor`.
+    the number of tokens that chose the expert over T K, P its mean combine weight before `routed_scaling_factor`.
     The `"per_group"` form is `N_g sum_{e in g} f P` with f and P divided by their sums over the group, averaged over
     the groups with traffic."""
     weight_RE = s.add_up(s.output.index, s.output.weights, config.num_experts) / s.tokens_R1
@@ -188,10 +192,9 @@ def _expert(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
         return config.num_experts * kept * (frequency_RE * weight_RE).sum(-1)
     membership_EG = s.router.membership_GE.to(s.mask_RS.dtype).T
     traffic_RG, mass_RG = frequency_RE @ membership_EG, weight_RE @ membership_EG
-    counts_G = torch.tensor(config.expert_counts, dtype=s.mask_RS.dtype, device=s.mask_RS.device)
     product_RG = traffic_RG * mass_RG
     empty_RG = product_RG == 0
-    loss_RG = counts_G * ((frequency_RE * weight_RE) @ membership_EG) / product_RG.masked_fill(empty_RG, 1)
+    loss_RG = membership_EG.sum(0) * ((frequency_RE * weight_RE) @ membership_EG) / product_RG.masked_fill(empty_RG, 1)
     return loss_RG.sum(-1) / (~empty_RG).sum(-1).clamp(min=1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,14 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
@@ -47,7 +50,8 @@ class MoHGEModelOutputWithPast(MoeModelOutputWithPast):
         router_logits (`tuple(torch.FloatTensor)`, each `[T, E]`, *optional*):
             Expert logits in id order, with `output_router_logits=True`.
         group_logits (`tuple(torch.FloatTensor)`, each `[T, G]`, *optional*):
-            Group logits of the two-level router, with `output_group_logits=True`.
+            Group logits, with `output_router_logits=True`; where the router has none, the logsumexp of the logits of
+            each group's experts.
         router_weights (`tuple(torch.FloatTensor)`, each `[T, K]`, *optional*):
             Combine weights before `routed_scaling_factor`, with `output_router_weights=True`.
         router_index (`tuple(torch.LongTensor)`, each `[T, K]`, *optional*):
@@ -70,6 +74,8 @@ class MoHGECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     Args:
         loss (`torch.FloatTensor`, *optional*):
             Language-model loss, in nats per token; in training plus `aux_loss`.
+        lm_loss (`torch.FloatTensor`, *optional*):
+            Language-model loss alone, without gradient.
         aux_loss (`torch.FloatTensor`, *optional*):
             Weighted sum of the router losses. Under gradient accumulation or data parallelism it is this forward's
             part of the whole batch's sum.
@@ -84,6 +90,7 @@ class MoHGECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
             each group's experts.
     """
 
+    lm_loss: torch.FloatTensor | None = None
     group_logits: tuple[torch.FloatTensor, ...] | None = None
     router_losses: dict[str, torch.FloatTensor] | None = None
     tokens_per_expert: tuple[torch.FloatTensor, ...] | None = None
@@ -273,9 +280,9 @@ class MoHGESparseMoeBlock(nn.Module):
         routing: RouterOutput = self.gate(flat_hidden_states)
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
         index = routing.index
-        if getattr(self.experts, "_is_expert_parallel", False):  # an adapter that wraps the experts hides it
+        if _unwrap(self.experts)._is_expert_parallel:
             # Expert-parallel dispatch knows no empty slots: they repeat the token's first expert, at weight 0.
-            index = torch.where(index < len(self.gate.weight), index, index[:, :1])
+            index = torch.where(index < _unwrap(self.gate).config.num_experts, index, index[:, :1])
         output = self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
         if self.shared_expert is not None:
             shared = self.shared_expert(hidden_states)
@@ -283,6 +290,11 @@ class MoHGESparseMoeBlock(nn.Module):
                 shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
             output = output + shared
         return output
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The module inside the adapter that PEFT may have put around it."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 class MoHGEDecoderLayer(GradientCheckpointingLayer):
@@ -348,13 +360,40 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoHGEForCausalLM):
             init.constant_(module.training_progress, -1.0)
 
-    def save_pretrained(self, *args, **kwargs):
-        """See `PreTrainedModel.save_pretrained`. The checkpoint loads as `AutoModel` and as `AutoModelForCausalLM`
-        with its own code, whichever of the two was saved."""
-        if self._auto_class is not None:
-            classes = {"AutoModel": "MoHGEModel", "AutoModelForCausalLM": "MoHGEForCausalLM"}
-            self.config.auto_map = {auto: f"modeling_mohge.{name}" for auto, name in classes.items()}
-        super().save_pretrained(*args, **kwargs)
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """See `PreTrainedModel.save_pretrained`. The checkpoint carries this code and loads as `AutoModel` and as
+        `AutoModelForCausalLM`, whichever of the two was saved."""
+        classes = {"AutoModel": "MoHGEModel", "AutoModelForCausalLM": "MoHGEForCausalLM"}
+        self.config.auto_map = {auto: f"modeling_mohge.{name}" for auto, name in classes.items()}
+        # Left alone, transformers copies the module of the object's class, which for a sharded model is torch's.
+        cls, auto_class = type(self), vars(type(self)).get("_auto_class")
+        cls._auto_class = None
+        try:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        finally:
+            if auto_class is None:
+                del cls._auto_class
+            else:
+                cls._auto_class = auto_class
+        if is_main_process:
+            custom_object_save(object.__new__(MoHGEForCausalLM), save_directory)
+
+
+def _add_group_logits(forward: Callable) -> Callable:
+    """Let `output_router_logits` bring the group logits too, for every router."""
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        wanted = kwargs.get("output_router_logits")
+        if not (self.config.output_router_logits if wanted is None else wanted):
+            return forward(self, *args, **kwargs)
+        outputs = forward(self, *args, **{**kwargs, "output_group_logits": True})
+        if isinstance(outputs, MoHGEModelOutputWithPast) and not outputs.group_logits:
+            pairs = zip(self.routers, outputs.router_logits, strict=True)
+            outputs.group_logits = tuple(router.group_logits(logits) for router, logits in pairs)
+        return outputs
+
+    return wrapper
 
 
 class MoHGEModel(MoHGEPreTrainedModel):
@@ -380,8 +419,9 @@ class MoHGEModel(MoHGEPreTrainedModel):
     @property
     def routers(self) -> list[MoHGERouter]:
         """The router of each layer that has experts, in order."""
-        return [layer.mlp.gate for layer in self.layers if isinstance(layer.mlp, MoHGESparseMoeBlock)]
+        return [_unwrap(layer.mlp.gate) for layer in self.layers if isinstance(layer.mlp, MoHGESparseMoeBlock)]
 
+    @_add_group_logits
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -485,10 +525,21 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def set_training_progress(self, fraction: float):
-        """Tell the schedules of the router losses which fraction of training is done, 0 to 1. Without it, every
-        schedule stands at its end value. `RouterScheduleCallback` calls this at each step."""
+        """Say that an optimizer step begins, and which fraction of training is done, 0 to 1. Without it, schedules of
+        router losses stand at their end values. `RouterScheduleCallback` calls this at each step."""
         self.training_progress.fill_(fraction)
         self._progress_is_known = True
+        for router in self.model.routers:
+            router.step_begins = True
+
+    def generate_batch(self, *args, **kwargs):
+        """See `ContinuousMixin.generate_batch`."""
+        if self.config.kv_lora_rank is not None:
+            raise ValueError(
+                "generate_batch does not work with `kv_lora_rank`: transformers' paged cache cannot hold the latents "
+                "of multi-head latent attention. Use generate."
+            )
+        return super().generate_batch(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -533,7 +584,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             output_router_logits = self.config.output_router_logits
         trained = self.training and (labels is not None or sequence_weights is not None)
         collect = output_router_logits or (trained and has_router_losses(self.config))
-        captured = dict.fromkeys((f"output_{name}" for name in _ROUTER_OUTPUTS), collect)
+        captured = {f"output_{name}": collect for name in _ROUTER_OUTPUTS}
 
         outputs: MoHGEModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -553,6 +604,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         result = MoHGECausalLMOutputWithPast(
             loss=loss,
+            lm_loss=None if loss is None else loss.detach().clone(),  # Trainer scales `loss` in place
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -577,10 +629,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
                     result.loss = loss + losses.aux_loss.to(loss.device)
         if output_router_logits:
             result.router_logits = outputs.router_logits
-            result.group_logits = outputs.group_logits or tuple(
-                router.group_logits(logits)
-                for router, logits in zip(self.model.routers, outputs.router_logits, strict=True)
-            )
+            result.group_logits = outputs.group_logits
         return result
 
     def _warn_of_idle_losses(self, routing: list[RouterOutput]):
@@ -618,6 +667,9 @@ def _share_of_targets(
     targets = labels[..., 1:] if shift_labels is None else shift_labels
     return targets.ne(-100).sum(-1) / num_items_in_batch
 
+
+# Trainer shifts labels under label smoothing only for class names in this table, which `register` does not fill.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mohge", MoHGEForCausalLM.__name__)
 
 __all__ = [
     "MoHGECausalLMOutputWithPast",

@@ -59,6 +59,7 @@ class MoHGERouter(nn.Module):
         self.expert_ids_GN: torch.Tensor
         self.position_E: torch.Tensor
         self.membership_GE: torch.Tensor
+        self.widths_G: torch.Tensor
         for name, table in self._tables().items():
             self.register_buffer(name, table, persistent=False)
         self.corrects_logits = config.router_logit_ema_strength > 0
@@ -70,15 +71,28 @@ class MoHGERouter(nn.Module):
             self.register_buffer("logit_pending", torch.zeros(config.num_experts + 1))
             self.last_logits_TE: torch.Tensor | None = None
             self.last_version = -1
+        self.step_begins: bool | None = None  # see `MoHGEForCausalLM.set_training_progress`
 
     def _tables(self) -> dict[str, torch.Tensor]:
-        """Expert ids [G, N], E where a group is shorter; position of each id in it; membership [G, E] as 0 and 1."""
+        """Expert ids [G, N], E where a group is shorter; position of each id in it; membership [G, E] as 0 and 1;
+        widths [G]."""
         groups, slots = torch.tensor(self.config.expert_groups), torch.tensor(self.config.expert_slots)
         return {
             "expert_ids_GN": torch.tensor(self.config.expert_id_table),
             "position_E": groups * max(self.config.expert_counts) + slots,
             "membership_GE": (groups == torch.arange(self.config.num_groups)[:, None]).float(),
+            "widths_G": torch.tensor(self.config.moe_intermediate_sizes),
         }
+
+    def _apply(self, fn, recurse=True):
+        """Moves the module, but never to half precision what adds up over many tokens."""
+        kept = {name: self._buffers[name] for name in ("logit_ema_E", "logit_pending") if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = moved.float() if buffer.is_meta else buffer.to(moved.device)
+        return self
 
     @torch.no_grad()
     def init_weights(self, std: float):
@@ -191,9 +205,13 @@ class MoHGERouter(nn.Module):
     @torch.no_grad()
     def fold_logit_mean(self):
         """At the start of a training forward: take what the last optimizer step saw into the running mean."""
-        accumulating = self.weight.grad is not None
-        if not is_torchdynamo_compiling():  # gradients that are zeroed instead of cleared do not tell, new weights do
-            accumulating = accumulating and self.weight._version == self.last_version
+        if self.step_begins is not None:  # somebody says when a step begins
+            accumulating = not self.step_begins
+            self.step_begins = False
+        else:  # guess it: gradients are cleared after a step, and most optimizers mark the weights they change
+            accumulating = self.weight.grad is not None
+            if not is_torchdynamo_compiling():
+                accumulating = accumulating and self.weight._version == self.last_version
         if accumulating:
             return
         count = self.logit_pending[-1]
@@ -202,10 +220,10 @@ class MoHGERouter(nn.Module):
         self.logit_pending.zero_()
 
     @torch.no_grad()
-    def gather_logit_mean(self, token_mask: torch.Tensor | None):
+    def gather_logit_mean(self, token_mask: torch.Tensor):
         """At the end of a training forward: add its logits, padding left out, over all data-parallel ranks."""
         logits_TE, self.last_logits_TE = self.last_logits_TE, None
-        mask_T = logits_TE.new_ones(logits_TE.shape[0]) if token_mask is None else token_mask.flatten().to(logits_TE)
+        mask_T = token_mask.flatten().to(logits_TE)
         seen = torch.cat([mask_T @ logits_TE, mask_T.sum()[None]]).to(self.logit_pending.dtype)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)

@@ -2,9 +2,11 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,10 +71,20 @@ def test_info_on_config_and_folder(tmp_path, capsys):
         assert f"total parameters      {parameter_counts(config).total / 1000:.3f}K" in printed
 
 
-def test_info_expresses_the_release(tmp_path, capsys):
+def test_info_on_the_release(capsys):
     """MoHGE-3B as released: the paper's table (arXiv 2604.23108) has 2.821B parameters; within 2%."""
-    config = MoHGEConfig(kv_lora_rank=512, tie_word_embeddings=True, initializer_range=0.008)
-    assert parameter_counts(config).total == pytest.approx(2.821e9, rel=0.02)
+    assert main(["info", str(Path(__file__).parents[1] / "model_cards" / "mohge-3b")]) == 0
+    total = re.search(r"total parameters +([\d.]+)B", capsys.readouterr().out).group(1)
+    assert float(total) == pytest.approx(2.821, rel=0.02)
+
+
+def test_info_with_layers_of_different_groups(tmp_path, capsys):
+    config = small_config(num_experts_per_group=4, per_layer_config={2: {"moe_intermediate_sizes": [8, 16, 24]}})
+    config.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "sparse layer 0: 8 experts" in printed
+    assert "sparse layer 1: 12 experts" in printed
 
 
 @pytest.mark.parametrize(
@@ -84,8 +96,16 @@ def test_info_expresses_the_release(tmp_path, capsys):
         ("[1, 2]", "`model_type`"),
         ('{"model_type": "mohge", "num_experts_per_tok": 100}', "`num_experts_per_tok`"),
         ('{"model_type": "mohge", "num_experts_per_tok": "six"}', "'num_experts_per_tok'"),
+        ('{"model_type": "mohge", "rope_parameters": {"rope_type": "nonsense"}}', "`rope_parameters`"),
+        ('{"model_type": "mohge", "rope_parameters": {"rope_type": "yarn"}}', "factor"),
+        ('{"model_type": "mohge", "pad_token_id": 999999}', "`pad_token_id`"),
+        ('{"model_type": "mohge", "per_layer_config": [1]}', "is no valid config"),
+        ('{"model_type": "mohge", "dtype": "nonsense"}', "is no valid config"),
     ],
-    ids=["missing", "no json", "other model", "no object", "impossible", "wrong type"],
+    ids=[
+        *("missing", "no json", "other model", "no object", "impossible", "wrong type"),
+        *("rope type", "rope factor", "padding token", "list of layers", "dtype"),
+    ],
 )
 def test_info_on_bad_input(content, message, tmp_path, capsys):
     path = tmp_path / "config.json"
@@ -154,8 +174,24 @@ def test_demo_refuses_an_existing_folder(tmp_path):
     kept.write_text("mine")
     done = run_command("demo", "--output", "out", cwd=tmp_path)
     assert done.returncode == 2
-    assert "out" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == "mohge demo: --output out exists: name another folder, or remove it first"
     assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_interrupted_demo_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mohge.cli", "demo", "--output", "out"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("text:")  # it has begun
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted" in printed.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo_refuses_zero_steps(tmp_path):

@@ -1,5 +1,6 @@
 """Training with Trainer: the loss does not depend on how a batch is split, nothing is dropped, resume is exact."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from trainer_runs import collate, config, every_loss, logged, rows, train
-from transformers import Trainer
+from safetensors.torch import load_file
+from trainer_runs import collate, config, every_loss, logged, logged_figures, rows, train
+from transformers import Trainer, TrainerCallback
 
 from mohge import MoHGEForCausalLM
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.training import MoHGETrainer, RouterScheduleCallback
+from mohge.training.report import evaluate_routing
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +30,19 @@ def accumulated(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(run_of_two_ranks):
+    return torch.load(run_of_two_ranks)["losses"]
+
+
+@pytest.fixture(scope="module")
+def run_of_two_ranks(tmp_path_factory):
     target = tmp_path_factory.mktemp("ranks") / "results.pt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).with_name("trainer_runs.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(script), str(target)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(target)
+    return target
 
 
 RUNS = [*ROUTER_COEFFICIENTS, "expert, per group", "logit correction"]
@@ -126,6 +134,71 @@ def test_logged_figures(tmp_path):
         assert entry["router/dead_experts"] >= 0
 
 
+def test_logged_figures_of_two_ranks_are_those_of_one(run_of_two_ranks, tmp_path):
+    for one, two in zip(logged_figures(str(tmp_path), 1), torch.load(run_of_two_ranks)["figures"], strict=True):
+        assert one.keys() == two.keys()
+        assert two == pytest.approx(one, rel=5e-4)
+
+
+def test_sharded_model_is_saved_whole_and_with_its_code(run_of_two_ranks):
+    source, sharded = (run_of_two_ranks.parent / name for name in ("source", "sharded"))
+    assert {path.name for path in sharded.iterdir()} == {path.name for path in source.iterdir()}
+    auto_map = json.loads((sharded / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_mohge.MoHGEForCausalLM"
+    expected, saved = (load_file(folder / "model.safetensors") for folder in (source, sharded))
+    assert expected.keys() == saved.keys()
+    assert all(torch.equal(expected[name], saved[name]) for name in expected)
+
+
+@pytest.mark.parametrize("counts", [[2, 4], 4], ids=["unequal groups", "more groups in a layer"])
+def test_figures_of_layers_that_differ(counts, tmp_path):
+    sizes = [8, 24] if counts == 4 else [8, 40]
+    layer = {"moe_intermediate_sizes": [*sizes, 48] if counts == 4 else sizes}
+    run = config("expert", num_experts_per_group=counts, per_layer_config={1: layer})
+    trainer = train(run, str(tmp_path), MoHGETrainer, steps=1)
+    entry = trainer.state.log_history[0]
+    groups = 3 if counts == 4 else 2
+    per_layer = sum(entry[f"router/tokens_group_{g}"] for g in range(groups))
+    assert per_layer == pytest.approx(2 * sum(len(row["input_ids"]) for row in rows()))
+    routing = evaluate_routing(trainer.model, torch.randint(0, 50, (3, 12)))
+    assert [row["group"] for row in routing.statistics.table()] == list(range(groups))
+    assert sum(row["choices"] for row in routing.statistics.table()) == 2 * 2 * 36
+    torch.testing.assert_close(routing.group_share.sum(1), torch.ones(33))
+
+
+def test_model_without_experts_trains(tmp_path):
+    trainer = train(config(mlp_only_layers=[0, 1], intermediate_size=16), str(tmp_path), MoHGETrainer, steps=1)
+    assert trainer.state.log_history[0]["lm_loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-6)
+
+
+def test_missing_labels_are_reported_by_trainer(tmp_path):
+    trainer = train(config("z"), str(tmp_path), MoHGETrainer, steps=1)
+    batch = collate(rows())
+    del batch["labels"]
+    trainer.model.train()
+    with pytest.raises(ValueError, match="did not return a loss"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+def test_running_mean_of_a_frozen_router_moves_once_per_step(tmp_path):
+    means = []
+    for accumulation in (1, 4):
+        run = config(router_type="grouped_top_k", num_groups_per_tok=None, router_logit_ema_strength=0.5)
+        torch.manual_seed(0)
+        trainer = train(
+            run, str(tmp_path), accumulation=accumulation, callbacks=[RouterScheduleCallback(), _FreezeRouters()]
+        )
+        means.append(trainer.model.model.routers[0].logit_ema_E)
+    assert means[0].abs().max() > 1e-3
+    torch.testing.assert_close(means[1], means[0], rtol=1e-4, atol=1e-6)
+
+
+class _FreezeRouters(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for router in model.model.routers:
+            router.requires_grad_(False)
+
+
 def test_group_loss_starts_on_schedule(tmp_path):
     for trainer_class, extra in ((MoHGETrainer, {}), (Trainer, {"callbacks": [RouterScheduleCallback()]})):
         late = logged(train(config("group", group_aux_loss_start=0.5), str(tmp_path), trainer_class, steps=4, **extra))
@@ -169,10 +242,11 @@ def test_gradient_checkpointing_trains_the_same(tmp_path):
     torch.testing.assert_close(logged(runs[1], "grad_norm"), logged(runs[0], "grad_norm"), rtol=1e-5, atol=0)
 
 
-def test_lora_on_expert_weights_trains_and_merges():
+def test_lora_on_experts_and_router_trains_and_merges():
     torch.manual_seed(0)
     model = MoHGEForCausalLM(config("z"))
     targets = [f"mlp.experts.{name}_proj_{group}" for name in ("gate_up", "down") for group in (0, 1)]
+    targets += ["mlp.gate.weight", "mlp.gate.group_weight"]
     adapted = get_peft_model(model, LoraConfig(r=4, target_parameters=targets))
     batch = collate(rows())
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1.0)

@@ -1,13 +1,16 @@
 """Trainer runs that tests compare, in this process or, as a script, in one of several ranks."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
+from mohge.training import MoHGETrainer
 
 
 LENGTHS = (5, 19, 8, 12, 3, 16, 10, 7)
@@ -104,8 +107,30 @@ def every_loss(accumulation: int, ranks: int, folder: str, trainer_class=Trainer
     return results
 
 
+def logged_figures(folder: str, ranks: int) -> list[dict[str, float]]:
+    """What MoHGETrainer logs."""
+    trainer = train(config("expert", router_z_loss_coef=0.5), folder, MoHGETrainer, ranks=ranks)
+    return trainer.state.log_history[:2]
+
+
+def save_sharded(folder: Path) -> None:
+    """Save a model whose experts are spread over two ranks."""
+    source = folder / "source"
+    if int(os.environ["RANK"]) == 0:
+        set_seed(0)
+        MoHGEForCausalLM(config()).save_pretrained(source)
+    torch.distributed.barrier()
+    sharding = DistributedConfig(fsdp_size=2, ep_size=2)
+    model = MoHGEForCausalLM.from_pretrained(source, distributed_config=sharding)
+    model.save_pretrained(folder / "sharded")
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    outcome = every_loss(accumulation=1, ranks=2, folder=str(target.parent))
+    outcome = {
+        "losses": every_loss(accumulation=1, ranks=2, folder=str(target.parent)),
+        "figures": logged_figures(str(target.parent), ranks=2),
+    }
+    save_sharded(target.parent)
     if torch.distributed.get_rank() == 0:
         torch.save(outcome, target)

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -74,22 +75,34 @@ def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int
     """
     if steps < 1:
         raise ValueError(f"--steps is {steps}: it must be at least 1")
-    folder = _new_folder(output, f"mohge-demo-{router}")
+    target = _free_path(output, f"mohge-demo-{router}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mohge-demo-", dir=target.parent) as temporary:
+        folder = Path(temporary) / "demo"
+        checks_passed = _run(router, folder, steps, seed)
+        folder.rename(target)  # only now, so that an interrupted run leaves nothing
+    print(f"page: {target / 'report.html'}")
+    return 0 if checks_passed else 1
+
+
+def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     started = time.perf_counter()
     set_seed(seed)
 
     training_files, held_out_files = _corpus()
-    print(f"text: {len(training_files)} files to train on, {len(held_out_files)} held out")
+    print(f"text: {len(training_files)} files to train on, {len(held_out_files)} held out", flush=True)
     tokenizer = _train_tokenizer(training_files)
     training_set, held_out_set = (_blocks(files, tokenizer) for files in (training_files, held_out_files))
     print(f"tokens: {len(training_set) * BLOCK:,} to train on, {len(held_out_set) * BLOCK:,} held out")
 
     model = MoHGEForCausalLM(_config(router, tokenizer))
     trainer = _trainer(model, training_set, held_out_set, folder, steps, seed)
-    before = math.exp(trainer.evaluate()["eval_loss"])
+    before = _perplexity(trainer)
     trainer.train()
-    after = math.exp(trainer.evaluate()["eval_loss"])
-    print(f"held-out perplexity: {before:,.1f} before training, {after:.2f} after")
+    after = _perplexity(trainer)
+    print(f"held-out perplexity: {before:,.1f} before training, {after:,.2f} after")
+    if not after < before:
+        print("CHECK FAILED: training did not lower the perplexity")
 
     trainer.save_model(folder)
     tokenizer.save_pretrained(folder)
@@ -101,7 +114,7 @@ def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int
     sample = torch.tensor(held_out_set[:2]["input_ids"])
     with torch.no_grad():
         identical = torch.equal(model(sample).logits, reloaded(sample).logits)
-    print(f"reloaded from {folder}: logits {'identical' if identical else 'DIFFER'}")
+    print(f"saved and reloaded: logits {'identical' if identical else 'DIFFER (CHECK FAILED)'}")
 
     text = _continue(reloaded, AutoTokenizer.from_pretrained(folder))
     print(f"\n{text}\n")
@@ -113,26 +126,28 @@ def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int
         "router": router,
         "training": f"{steps} steps of {BATCH * BLOCK} tokens",
         "held-out perplexity before training": f"{before:,.1f}",
-        "held-out perplexity": f"{after:.2f}",
+        "held-out perplexity": f"{after:,.2f}",
         "parameters": f"{total:,}",
         "activated per token": f"{activated:,.0f}",
         "logits after reload": "identical" if identical else "different",
     }
-    page = write_report(folder, trainer.state.log_history, routing, facts, text)
-    print(f"page: {page}\ndone in {time.perf_counter() - started:.0f} s")
-    return 0 if identical and after < before else 1
+    write_report(folder, trainer.state.log_history, routing, facts, text)
+    print(f"done in {time.perf_counter() - started:.0f} s")
+    return identical and after < before
 
 
-def _new_folder(output: str | None, default: str) -> Path:
+def _free_path(output: str | None, default: str) -> Path:
     if output is not None:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=False)
-        return folder
-    for number in itertools.count(1):
-        folder = Path(default if number == 1 else f"{default}-{number}")
-        if not folder.exists():
-            folder.mkdir()
-            return folder
+        if Path(output).exists():
+            raise FileExistsError(f"--output {output} exists: name another folder, or remove it first")
+        return Path(output)
+    numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([Path(default)], numbered) if not path.exists())
+
+
+def _perplexity(trainer: MoHGETrainer) -> float:
+    loss = trainer.evaluate()["eval_loss"]
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _corpus() -> tuple[list[str], list[str]]:

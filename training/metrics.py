@@ -26,6 +26,9 @@ class RouterStatistics:
 
     def __init__(self, config: MoHGEConfig, dense_parameters: int):
         self.layers = config.sparse_layers
+        if not self.layers:
+            raise ValueError("`mlp_only_layers` leaves no layer with experts: there is no routing to report")
+        self.num_groups = max(layer.num_groups for layer in self.layers)
         self.dense_parameters = dense_parameters
         self.counts: list[torch.Tensor] = [torch.zeros(layer.num_experts) for layer in self.layers]
         self.tokens = torch.zeros(())
@@ -45,8 +48,11 @@ class RouterStatistics:
         self.tokens, *self.counts = tensors
 
     def choices_per_group(self) -> torch.Tensor:
-        """[L, G]: how often each layer's tokens chose an expert of each group."""
-        return torch.stack([_per_group(layer, count) for layer, count in zip(self.layers, self.counts, strict=True)])
+        """[L, G]: how often each layer's tokens chose an expert of each group; 0 where a layer has fewer groups."""
+        choices = self.tokens.new_zeros(len(self.layers), self.num_groups)
+        for row, layer, count in zip(choices, self.layers, self.counts, strict=True):
+            row.index_add_(0, torch.tensor(layer.expert_groups, device=count.device), count)
+        return choices
 
     def group_share(self) -> torch.Tensor:
         """[L, G]: share of each group in a layer's choices."""
@@ -79,32 +85,30 @@ class RouterStatistics:
             "dead_experts": float(sum((count == 0).sum() for count in self.counts)),
         }
 
-    def table(self) -> list[dict[str, float]]:
-        """The router table: for each group its `width`, `experts`, `choices` over all layers, `share` of the choices,
-        `even_share` if all experts were equally loaded, and `max_vio` and `dead_experts` inside the group."""
-        layer = self.layers[0]
+    def table(self) -> list[dict]:
+        """The router table: for each group its `widths` and `experts` (each distinct value over the layers), `choices`
+        over all layers, its `share` of the choices, `even_share` if all experts were equally loaded, and `max_vio` and
+        `dead_experts` inside the group."""
+        whole = sum(float(count.sum()) for count in self.counts)
         rows = []
-        for group, (width, experts) in enumerate(zip(layer.moe_intermediate_sizes, layer.expert_counts, strict=True)):
-            loads = torch.stack([self._loads_in_group(i, group) for i in range(len(self.layers))])
-            violation = loads.amax(1) / loads.mean(1).clamp(min=torch.finfo(loads.dtype).tiny) - 1
+        for group in range(self.num_groups):
+            layers = [i for i, layer in enumerate(self.layers) if group < layer.num_groups]
+            loads = [
+                self.counts[i][torch.tensor(self.layers[i].expert_groups, device=self.counts[i].device) == group]
+                for i in layers
+            ]
+            used = [load for load in loads if load.sum() > 0]
+            choices = sum(float(load.sum()) for load in loads)
             rows.append(
                 {
                     "group": group,
-                    "width": width,
-                    "experts": experts,
-                    "choices": int(loads.sum()),
-                    "share": float(self.group_share()[:, group].mean()),
-                    "even_share": experts / layer.num_experts,
-                    "max_vio": float(violation[loads.sum(1) > 0].mean()) if loads.sum() else 0.0,
-                    "dead_experts": int((loads == 0).sum()),
+                    "widths": sorted({self.layers[i].moe_intermediate_sizes[group] for i in layers}),
+                    "experts": sorted({self.layers[i].expert_counts[group] for i in layers}),
+                    "choices": int(choices),
+                    "share": choices / max(whole, 1),
+                    "even_share": sum(map(len, loads)) / sum(map(len, self.counts)),
+                    "max_vio": sum(float(load.max() / load.mean()) - 1 for load in used) / max(len(used), 1),
+                    "dead_experts": sum(int((load == 0).sum()) for load in loads),
                 }
             )
         return rows
-
-    def _loads_in_group(self, layer: int, group: int) -> torch.Tensor:
-        return self.counts[layer][torch.tensor(self.layers[layer].expert_groups) == group]
-
-
-def _per_group(layer: MoHGEConfig, values: torch.Tensor) -> torch.Tensor:
-    groups = torch.tensor(layer.expert_groups, device=values.device)
-    return values.new_zeros(layer.num_groups).index_add_(0, groups, values)

@@ -41,20 +41,22 @@ def evaluate_routing(model: MoHGEForCausalLM, input_ids: torch.Tensor, batch_siz
         outputs = model.model(batch, output_router_index=True)
         logits = model.lm_head(outputs.last_hidden_state)[:, :-1].float()
         losses.append(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"))
-        choices = torch.zeros(batch.numel(), config.num_groups)
-        width = torch.zeros(batch.numel())
+        choices = torch.zeros(batch.numel(), statistics.num_groups, device=batch.device)
+        width = torch.zeros(batch.numel(), device=batch.device)
         counts = []
-        for layer, index in zip(config.sparse_layers, outputs.router_index, strict=True):
-            chosen = torch.zeros(batch.numel(), layer.num_experts + 1).scatter_(1, index, 1.0)
+        for router, index in zip(model.model.routers, outputs.router_index, strict=True):
+            groups, experts = router.membership_GE.shape
+            chosen = torch.zeros(batch.numel(), experts + 1, device=batch.device).scatter_(1, index, 1.0)
             chosen = chosen[:, :-1]  # empty slots have id E
             counts.append(chosen.sum(0))
-            choices.index_add_(1, torch.tensor(layer.expert_groups), chosen)
-            width += chosen @ torch.tensor(layer.expert_widths, dtype=torch.float)
+            per_group = chosen @ router.membership_GE.float().T
+            choices[:, :groups] += per_group
+            width += per_group @ router.widths_G.float()
         statistics.add(counts, batch.numel())
         predicting = [x.unflatten(0, batch.shape)[:, :-1].flatten(0, 1) for x in (choices, width)]
         shares.append(predicting[0] / predicting[0].sum(1, keepdim=True))
         widths.append(predicting[1] / len(counts))
-    return RoutingEvaluation(statistics, torch.cat(losses), torch.cat(shares), torch.cat(widths))
+    return RoutingEvaluation(statistics, *(torch.cat(values).cpu() for values in (losses, shares, widths)))
 
 
 def format_router_table(statistics: RouterStatistics) -> str:
@@ -63,11 +65,16 @@ def format_router_table(statistics: RouterStatistics) -> str:
         f"{'group':>5} {'width':>6} {'experts':>8} {'choices':>10} {'share':>7} {'even':>7} {'MaxVio':>7} {'dead':>5}"
     )
     rows = [
-        f"{row['group']:>5} {row['width']:>6} {row['experts']:>8} {row['choices']:>10,} {row['share']:>7.1%} "
+        f"{row['group']:>5} {_values(row['widths']):>6} {_values(row['experts']):>8} {row['choices']:>10,} "
+        f"{row['share']:>7.1%} "
         f"{row['even_share']:>7.1%} {row['max_vio']:>7.2f} {row['dead_experts']:>5}"
         for row in statistics.table()
     ]
     return "\n".join([header, *rows])
+
+
+def _values(values: list[int]) -> str:
+    return "/".join(map(str, values))
 
 
 def write_report(
@@ -86,9 +93,8 @@ def write_report(
     Returns:
         `Path`: The page.
     """
-    widths = routing.statistics.layers[0].moe_intermediate_sizes
-    colors = pyplot.get_cmap("viridis")(torch.linspace(0.05, 0.9, len(widths)).numpy())
-    labels = [f"group {g}, width {width}" for g, width in enumerate(widths)]
+    labels = [f"group {row['group']}, width {_values(row['widths'])}" for row in routing.statistics.table()]
+    colors = pyplot.get_cmap("viridis")(torch.linspace(0.05, 0.9, len(labels)).numpy())
     figures = {
         "loss": ("Loss", _plot_loss(history)),
         "group_load": ("Load per group over training", _plot_group_load(history, labels, colors)),

@@ -43,21 +43,27 @@ class MoHGETrainer(Trainer):
         if self._first_step is None:
             self._first_step = self.state.global_step
         # Trainer may take the labels away, and without them the model cannot tell each sequence's share of the batch.
-        inputs["sequence_weights"] = weights = self._share_of_targets(inputs, num_items_in_batch)
+        weights = self._share_of_targets(inputs, num_items_in_batch)
+        if weights is not None:
+            inputs["sequence_weights"] = weights
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if outputs.loss is not None:
-            self._add("lm_loss", outputs.loss if outputs.aux_loss is None else outputs.loss - outputs.aux_loss)
+        if outputs.lm_loss is not None:
+            self._add("lm_loss", outputs.lm_loss)
         for name, value in (outputs.router_losses or {}).items():
-            self._add(f"router/{name}", value * weights.sum())
+            self._add(f"router/{name}", value * (1 if weights is None else weights.sum()))
         if outputs.tokens_per_expert is not None:
             mask = inputs.get("attention_mask")
             tokens = outputs.logits.shape[:2].numel() if mask is None else mask.sum()
             self._statistics.add(outputs.tokens_per_expert, tokens)
         return (loss, outputs) if return_outputs else loss
 
-    def _share_of_targets(self, inputs: dict, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+    def _share_of_targets(self, inputs: dict, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
         """[B]: each sequence's share of the targets of the optimizer step."""
-        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+        labels = inputs.get("shift_labels", inputs.get("labels"))
+        if labels is None:
+            return None  # Trainer says what is missing
+        if "shift_labels" not in inputs:
+            labels = labels[..., 1:]
         targets = labels.ne(-100).sum(-1)
         if num_items_in_batch is None:
             num_items_in_batch = targets.sum() * self.args.gradient_accumulation_steps
@@ -77,7 +83,8 @@ class MoHGETrainer(Trainer):
         model = _base_model(self.model)
         self._first_step: int | None = None  # of the steps that the sums are over
         self._sums: dict[str, torch.Tensor] = {}
-        self._statistics = RouterStatistics(model.config, model.num_parameters() - model.config.routed_parameters)
+        dense = model.num_parameters() - model.config.routed_parameters
+        self._statistics = RouterStatistics(model.config, dense) if model.config.sparse_layers else None
 
     def _add(self, name: str, value: torch.Tensor):
         self._sums[name] = self._sums.get(name, 0) + value.detach()
@@ -95,7 +102,7 @@ class MoHGETrainer(Trainer):
         figures = {
             name: float(total) / steps for name, total in self.accelerator.reduce(self._sums, over_ranks).items()
         }
-        if self._statistics.tokens > 0:
+        if self._statistics is not None and self._statistics.tokens > 0:
             self._statistics.set_tensors(self.accelerator.reduce(self._statistics.tensors(), "sum"))
             figures |= {f"router/{name}": value for name, value in self._statistics.summary().items()}
         return figures

@@ -1,0 +1,120 @@
+"""Caches, positions, padding, attention implementations and generation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_cases import ATTENTIONS, VARIANTS, VOCABULARY, assert_close, make_ids, make_model, make_padded_ids
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["no_padding", "left_padding"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_implementations_agree(name, padded):
+    model = make_model(**ATTENTIONS[name])
+    ids, mask = make_padded_ids(4 if padded else 0)
+    logits = {}
+    # Without compilation flex attention is slow but the same function, and there is no compiler to wait for.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for implementation in ("eager", "sdpa", "flex_attention"):
+            model.set_attn_implementation(implementation)
+            assert model.config._attn_implementation == implementation
+            logits[implementation] = model(ids, attention_mask=mask).logits[mask.bool()]
+    assert_close(logits["sdpa"], logits["eager"])
+    assert_close(logits["flex_attention"], logits["eager"])
+
+
+def test_sliding_window_hides_what_lies_before_it():
+    model = make_model(sliding_window=3, num_hidden_layers=1)
+    ids = make_ids(1, 10)
+    changed = ids.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % VOCABULARY
+    with torch.no_grad():
+        difference = (model(ids).logits - model(changed).logits).abs().amax(-1)[0]
+    assert (difference[2:5] > 1e-3).all()
+    assert (difference[[0, 1, 5, 6, 7, 8, 9]] < 1e-5).all()
+
+
+def test_position_ids_are_used():
+    model = make_model()
+    ids = make_ids()
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        default = model(ids).logits
+        assert torch.equal(model(ids, position_ids=positions).logits, default)
+        assert_close(model(ids, position_ids=positions + 20).logits, default)  # rotary embeddings are relative
+        assert (model(ids, position_ids=2 * positions).logits - default).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["two_level_logsumexp", "top_p", "dense_first_layer", *ATTENTIONS])
+def test_cache_step_by_step_equals_the_full_forward(name):
+    """Position ids are left to the model, and come from the cache."""
+    model = make_model(**VARIANTS[name])
+    ids = make_ids(2, 12)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        parts = []
+        for chunk in ids.split([5, 1, 2, 1, 1, 1, 1], dim=1):
+            output = model(chunk, past_key_values=cache)
+            assert output.past_key_values is cache
+            parts.append(output.logits)
+    assert_close(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.parametrize("name", ["two_level_logsumexp", "top_p", "dense_first_layer", *ATTENTIONS])
+def test_generation_is_the_same_for_every_cache(name):
+    model = make_model(**VARIANTS[name])
+    arguments = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(make_ids(2, 6), use_cache=False, **arguments)
+    assert expected.sequences.shape == (2, 14)
+    for cache in ("dynamic", "static"):
+        output = model.generate(make_ids(2, 6), cache_implementation=cache, **arguments)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert_close(torch.stack(output.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("name", ["two_level", "top_p", "sliding_window", "mixed_windows"])
+def test_continuous_batching_equals_generate(name):
+    model = make_model(**VARIANTS[name])
+    prompts = [row[:length].tolist() for row, length in zip(make_ids(3, 9), (9, 4, 6), strict=True)]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    outputs = model.generate_batch(
+        inputs=prompts,
+        generation_config=settings,
+        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32),
+    )
+    assert [outputs[name].generated_tokens for name in sorted(outputs)] == expected
+
+
+def pad_left(ids, other):
+    """A batch of two sequences, the shorter one first, and its mask."""
+    padding = (other.shape[1] - ids.shape[1], 0)
+    mask = torch.cat([F.pad(torch.ones_like(ids), padding), torch.ones_like(other)])
+    return torch.cat([F.pad(ids, padding), other]), mask
+
+
+@pytest.mark.parametrize("name", ["top_p", *ATTENTIONS])
+def test_left_padding_changes_no_logits(name):
+    model = make_model(**VARIANTS[name])
+    ids = make_ids(1, 7)
+    batch, mask = pad_left(ids, make_ids(1, 12, seed=8))
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+        assert_close(model(batch, attention_mask=mask).logits[0, 5:], expected)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        assert_close(model(batch, attention_mask=mask, position_ids=positions).logits[0, 5:], expected)
+
+
+def test_generation_with_left_padding():
+    model = make_model()
+    ids, other = make_ids(1, 6), make_ids(1, 9, seed=8)
+    batch, mask = pad_left(ids, other)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(batch, attention_mask=mask, **arguments)[:, 9:]
+    assert torch.equal(together[:1], model.generate(ids, **arguments)[:, 6:])
+    assert torch.equal(together[1:], model.generate(other, **arguments)[:, 9:])
