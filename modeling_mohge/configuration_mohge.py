@@ -109,8 +109,8 @@ class MoHGEConfig(PreTrainedConfig):
         num_experts_per_tok (`int`, *optional*, defaults to 6):
             Experts chosen per token, over all groups together. The cap of the set for `router_type="top_p"`.
         num_groups_per_tok (`int`, *optional*):
-            Groups kept per token, `router_type="two_level"` only. By default half of the groups, or as many more as
-            it takes to hold `num_experts_per_tok` experts. The other routers keep all groups.
+            Groups kept per token, `router_type="two_level"` only. By default half of the groups, at least two,
+            or as many as it takes to hold `num_experts_per_tok` experts. The other routers keep all groups.
         shared_expert_intermediate_size (`int`, *optional*, defaults to 2048):
             Width of the shared expert, which every token passes through; 0 for none.
         shared_expert_gate (`bool`, *optional*, defaults to `False`):
@@ -303,7 +303,7 @@ class MoHGEConfig(PreTrainedConfig):
         counts = sorted(self.expert_counts)
         if self.router_type != "two_level":
             return len(counts)
-        kept = (len(counts) + 1) // 2
+        kept = min(max(2, (len(counts) + 1) // 2), len(counts))  # the score of a single group would always be 1
         while kept < len(counts) and sum(counts[:kept]) < self.num_experts_per_tok:
             kept += 1
         return kept

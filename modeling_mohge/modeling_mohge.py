@@ -341,7 +341,6 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["logit_ema_E", "logit_pending"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MoHGERouter, index=0),
         "router_weights": OutputRecorder(MoHGERouter, index=1),
@@ -351,6 +350,11 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         "hidden_states": MoHGEDecoderLayer,
         "attentions": [MoHGEAttention, DeepseekV2Attention],
     }
+
+    def __init__(self, config: MoHGEConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.router_logit_ema_strength:
+            self._keep_in_fp32_modules_strict = {"logit_ema_E", "logit_pending"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
