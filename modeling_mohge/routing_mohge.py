@@ -56,7 +56,7 @@ class MoHGERouter(nn.Module):
         self._route = getattr(self, f"_route_{config.router_type}")
 
         self.equal_groups = min(config.expert_counts) == max(config.expert_counts)
-        self.expert_ids_GN: torch.Tensor
+        self.expert_ids_NG: torch.Tensor
         self.position_E: torch.Tensor
         self.membership_GE: torch.Tensor
         self.widths_G: torch.Tensor
@@ -74,12 +74,12 @@ class MoHGERouter(nn.Module):
         self.step_begins: bool | None = None  # see `MoHGEForCausalLM.set_training_progress`
 
     def _tables(self) -> dict[str, torch.Tensor]:
-        """Expert ids [G, N], E where a group is shorter; position of each id in it; membership [G, E] as 0 and 1;
+        """Expert ids [N, G], E where a group is shorter; position of each id in it; membership [G, E] as 0 and 1;
         widths [G]."""
         groups, slots = torch.tensor(self.config.expert_groups), torch.tensor(self.config.expert_slots)
         return {
-            "expert_ids_GN": torch.tensor(self.config.expert_id_table),
-            "position_E": groups * max(self.config.expert_counts) + slots,
+            "expert_ids_NG": torch.tensor(self.config.expert_id_table).T.contiguous(),
+            "position_E": slots * self.config.num_groups + groups,
             "membership_GE": (groups == torch.arange(self.config.num_groups)[:, None]).float(),
             "widths_G": torch.tensor(self.config.moe_intermediate_sizes),
         }
@@ -112,9 +112,9 @@ class MoHGERouter(nn.Module):
         hidden_states = hidden_states.to(dtype)
         with maybe_autocast(hidden_states.device.type, enabled=False):
             logits_TE = F.linear(hidden_states, self.weight.to(dtype))
-            group_index, group_logits_TG, scores_TK, index_TK = self._route(hidden_states, logits_TE)
-            weights_TK = self._normalise(scores_TK, index_TK)
-        return RouterOutput(logits_TE, weights_TK, index_TK, group_logits_TG, group_index)
+            group_index_TJ, group_logits_TG, log_scores_TK, index_TK = self._route(hidden_states, logits_TE)
+            weights_TK = self._normalise(log_scores_TK, index_TK)
+        return RouterOutput(logits_TE, weights_TK, index_TK, group_logits_TG, group_index_TJ)
 
     def log_probabilities(self, logits_TE: torch.Tensor, group_logits_TG: torch.Tensor | None) -> torch.Tensor:
         """
@@ -123,12 +123,15 @@ class MoHGERouter(nn.Module):
         """
         if self.config.router_type != "two_level":
             return logits_TE.log_softmax(-1)
-        inside_TGN = self._by_group(logits_TE).log_softmax(-1)
-        return self._by_expert(inside_TGN + group_logits_TG.log_softmax(-1).unsqueeze(-1))
+        inside_TNG = self._by_group(logits_TE).log_softmax(1)
+        return self._by_expert(inside_TNG + group_logits_TG.log_softmax(-1).unsqueeze(1))
 
     def group_logits(self, logits_TE: torch.Tensor) -> torch.Tensor:
         """[T, G] logsumexp of the expert logits of each group: their softmax is the groups' share of the flat one."""
-        return self._by_group(logits_TE).logsumexp(-1)
+        return self._by_group(logits_TE).logsumexp(1)
+
+    # The rules, in logarithms so that nothing underflows: each returns the groups kept, the group logits (both None
+    # where there is no group router), the log-scores of the chosen experts and their ids.
 
     def _route_two_level(self, hidden_states, logits_TE):
         config = self.config
@@ -136,30 +139,25 @@ class MoHGERouter(nn.Module):
             group_logits_TG = self.group_logits(logits_TE)
         else:
             group_logits_TG = F.linear(hidden_states, self.group_weight.to(hidden_states.dtype))
-        # Every score grows with its logit, so the best logits are the best scores even where scores saturate; and the
-        # softmax of log-scores is the scores over their sum even where they underflow.
+        # Every score grows with its logit, so the best logits are the best scores, also where scores saturate.
         kept_TJ, group_index_TJ = group_logits_TG.topk(config.num_groups_per_tok, dim=-1)
         if config.group_score_function == "sigmoid":
             kept_TJ = F.logsigmoid(kept_TJ)
-        # -1 marks the groups not kept: below every kept expert, even one whose probability underflows to 0.
-        scores_TG = torch.full_like(group_logits_TG, -1.0).scatter(-1, group_index_TJ, kept_TJ.softmax(-1))
-        scores_TG1 = scores_TG.unsqueeze(-1)
-        # The softmax inside groups, spelled out: on short rows these steps beat the softmax kernel.
-        logits_TGN = self._by_group(logits_TE)
-        exp_TGN = (logits_TGN - logits_TGN.detach().amax(-1, keepdim=True)).exp()
-        joint_TGN = exp_TGN * (scores_TG1 / exp_TGN.sum(-1, keepdim=True))
-        joint_TGN = torch.where(scores_TG1 < 0, scores_TG1, joint_TGN)
-        return group_index_TJ, group_logits_TG, *self._by_expert(joint_TGN).topk(self.top_k, dim=-1)
+        log_scores_TG = torch.full_like(group_logits_TG, float("-inf"))
+        log_scores_TG = log_scores_TG.scatter(-1, group_index_TJ, kept_TJ.log_softmax(-1))
+        joint_TNG = self._by_group(logits_TE).log_softmax(1) + log_scores_TG.unsqueeze(1)
+        return group_index_TJ, group_logits_TG, *self._by_expert(joint_TNG).topk(self.top_k, dim=-1)
 
     def _route_top_k(self, hidden_states, logits_TE):
-        return None, None, *logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        return None, None, *logits_TE.log_softmax(-1).topk(self.top_k, dim=-1)
 
     def _route_top_p(self, hidden_states, logits_TE):
-        scores_TK, index_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        log_scores_TK, index_TK = logits_TE.log_softmax(-1).topk(self.top_k, dim=-1)
         # An expert belongs to the set while those before it fall short of p, so there is always at least one.
-        surplus = scores_TK.cumsum(-1) - scores_TK >= self.config.router_top_p
-        index_TK = index_TK.masked_fill(surplus, self.config.num_experts)
-        return None, None, scores_TK.masked_fill(surplus, 0.0), index_TK
+        scores_TK = log_scores_TK.exp()
+        surplus_TK = scores_TK.cumsum(-1) - scores_TK >= self.config.router_top_p
+        index_TK = index_TK.masked_fill(surplus_TK, self.config.num_experts)
+        return None, None, log_scores_TK.masked_fill(surplus_TK, float("-inf")), index_TK
 
     def _route_grouped_top_k(self, hidden_states, logits_TE):
         corrected_TE = logits_TE
@@ -167,37 +165,34 @@ class MoHGERouter(nn.Module):
             corrected_TE = logits_TE - self.config.router_logit_ema_strength * self.logit_ema_E.to(logits_TE.dtype)
             if self.training:
                 self.last_logits_TE = logits_TE.detach()
-        scores_TGN = self._by_group(corrected_TE.softmax(-1), fill=-1.0)
+        log_scores_TNG = self._by_group(corrected_TE.log_softmax(-1))
         per_group = self.top_k // self.config.num_groups
-        scores_TGk, slots_TGk = scores_TGN.topk(per_group, dim=-1)
-        ids_TGN = self.expert_ids_GN.expand(logits_TE.shape[0], -1, -1)
-        index_TK = ids_TGN.gather(-1, slots_TGk).flatten(1)
-        return None, None, scores_TGk.flatten(1), index_TK
+        log_scores_TkG, slots_TkG = log_scores_TNG.topk(per_group, dim=1)
+        ids_TNG = self.expert_ids_NG.expand(logits_TE.shape[0], -1, -1)
+        return None, None, log_scores_TkG.flatten(1), ids_TNG.gather(1, slots_TkG).flatten(1)
 
-    def _normalise(self, scores_TK: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+    def _normalise(self, log_scores_TK: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         match self.config.topk_weight_normalization:
-            case "sum":
-                return _divide_by_sum(scores_TK)
+            case "sum":  # the softmax of logarithms divides by the sum
+                return log_scores_TK.softmax(-1)
             case "softmax":
-                return scores_TK.masked_fill(index_TK == self.config.num_experts, float("-inf")).softmax(-1)
+                empty_TK = index_TK == self.config.num_experts
+                return log_scores_TK.exp().masked_fill(empty_TK, float("-inf")).softmax(-1)
             case _:
-                return scores_TK
+                return log_scores_TK.exp()
 
-    def _by_group(self, values_TE: torch.Tensor, fill: float = float("-inf")) -> torch.Tensor:
-        """[T, E] -> [T, G, N], short groups filled up with `fill`."""
-        groups, largest = self.expert_ids_GN.shape
+    def _by_group(self, values_TE: torch.Tensor) -> torch.Tensor:
+        """[T, E] -> [T, N, G], short groups filled up with -inf."""
         if self.equal_groups:  # ids run over the groups first: a view
-            return values_TE.unflatten(1, (largest, groups)).transpose(1, 2)
-        ids = self.expert_ids_GN
-        padding = ids == self.config.num_experts
-        values = values_TE.index_select(1, ids.masked_fill(padding, 0).flatten()).view(-1, groups, largest)
-        return values.masked_fill(padding, fill)
+            return values_TE.unflatten(1, self.expert_ids_NG.shape)
+        padding_NG = self.expert_ids_NG == self.config.num_experts
+        ids = self.expert_ids_NG.masked_fill(padding_NG, 0).flatten()
+        return values_TE.index_select(1, ids).unflatten(1, padding_NG.shape).masked_fill(padding_NG, float("-inf"))
 
-    def _by_expert(self, values_TGN: torch.Tensor) -> torch.Tensor:
-        """[T, G, N] -> [T, E], the inverse of `_by_group`."""
-        if self.equal_groups:
-            return values_TGN.transpose(1, 2).flatten(1)
-        return values_TGN.flatten(1).index_select(1, self.position_E)
+    def _by_expert(self, values_TNG: torch.Tensor) -> torch.Tensor:
+        """[T, N, G] -> [T, E], the inverse of `_by_group`."""
+        values = values_TNG.flatten(1)
+        return values if self.equal_groups else values.index_select(1, self.position_E)
 
     # Running mean of the logits. It may change only between optimizer steps, and outside the layers: a layer that is
     # checkpointed runs twice, and must see the same mean both times.
@@ -230,10 +225,6 @@ class MoHGERouter(nn.Module):
         self.logit_pending += seen
         if not is_torchdynamo_compiling():
             self.last_version = self.weight._version
-
-
-def _divide_by_sum(values: torch.Tensor) -> torch.Tensor:
-    return values / values.sum(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
 
 
 __all__ = ["MoHGERouter", "RouterOutput"]
