@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--experts-per-group", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a training step, in sequences of 256")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens decoded per measurement, batch size 1")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded per measurement, batch size 1")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,16 +124,14 @@ def _training_step(model: torch.nn.Module, options) -> Callable[[], int]:
 
 
 def _decode(model: torch.nn.Module, options) -> Callable[[], int]:
-    prompt = _batch(options)[:1, :32]
-
     def generate() -> int:
         model.eval()
-        return (
-            model.generate(
-                prompt, max_new_tokens=options.new_tokens, min_new_tokens=options.new_tokens, do_sample=False
-            ).shape[1]
-            - prompt.shape[1]
+        prompt = _batch(options)[:1, :1]  # of one token, so that every step is a decoding step
+        # Sampled: greedily, an untrained model repeats a token, and with it the widths of that token's experts.
+        tokens = model.generate(
+            prompt, max_new_tokens=options.new_tokens, min_new_tokens=options.new_tokens, do_sample=True, top_k=0
         )
+        return tokens.shape[1] - 1
 
     return generate
 
