@@ -95,7 +95,7 @@ def _grouped(
     dtype = gate_up[0].dtype
     if torch.is_autocast_enabled(hidden_states.device.type):  # grouped_mm does not follow autocast by itself
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    if keys_TK.numel() <= _FEW_PAIRS and keys_TK.device.type == "cpu" and not torch.is_grad_enabled():
+    if 0 < keys_TK.numel() <= _FEW_PAIRS and keys_TK.device.type == "cpu" and not torch.is_grad_enabled():
         return _pair_by_pair(hidden_states.to(dtype), keys_TK, weights_TK, gate_up, down, keys_per_group, act_fn)
     pairs = _SortedPairs(keys_TK, [w.shape[0] for w in gate_up], keys_per_group)
     rows = []

@@ -233,6 +233,14 @@ def test_no_tokens(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_tokens_without_gradients(implementation):
+    experts = make_experts(Case(), torch.float32, implementation)
+    with torch.no_grad():
+        output = experts(torch.zeros(0, 16), torch.zeros(0, 3, dtype=torch.long), torch.zeros(0, 3))
+    assert output.shape == (0, 16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_ids_above_num_experts_are_skipped_too(implementation):
     case = CASES["masked_slots"]
     experts = make_experts(case, torch.float32, implementation)
