@@ -185,6 +185,7 @@ def test_interrupted_demo_leaves_nothing(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
     )
     assert process.stdout.readline().startswith("text:")  # it has begun
     process.send_signal(signal.SIGINT)
