@@ -149,10 +149,11 @@ def test_evaluation_leaves_the_mean_alone():
         forward(model, later)
     forward(model, later)
     model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        forward(model, later)
-    assert (ema(model) == 0).all()
-    model.train()
+    for training in (False, True):
+        model.train(training)
+        with torch.no_grad():
+            forward(model, later)
+        assert (ema(model) == 0).all()
     forward(model, later)
     assert_ema(model, (1 - DECAY) * mean_logits((first, batch)))
 

@@ -160,11 +160,13 @@ def test_loss_in_training_includes_the_router_losses(router_type):
 def test_training_without_router_losses_computes_none():
     off = dict.fromkeys((*LOSSES, "router_group_aux_loss_coef"), 0.0)
     ids = make_ids()
-    output = make_model(**off).train()(ids, labels=ids)
+    model = make_model(**off).train()
+    output = model(ids, labels=ids)
     assert output.aux_loss is None
     assert output.router_losses is None
     assert output.tokens_per_expert is None
     assert_close(output.loss, lm_loss(output.logits, ids), 1e-6)
+    assert model(ids, labels=ids, output_router_logits=True).aux_loss is None
 
 
 def test_all_layers_dense():

@@ -98,6 +98,7 @@ def test_group_weight_is_for_group_routers(router):
 def test_reference_numbers_experts_like_the_config(layout):
     config = make_config(build_case("top_k", layout))
     assert layout.experts == list(zip(config.expert_groups, config.expert_slots, strict=True))
+    assert config.expert_widths == tuple(layout.widths[group] for group, _ in layout.experts)
 
 
 @pytest.mark.parametrize("layout", [EQUAL, UNEQUAL], ids=["equal_groups", "unequal_groups"])
