@@ -80,19 +80,19 @@ def has_router_losses(config: MoHGEConfig) -> bool:
 def _schedules(config: MoHGEConfig, progress: torch.Tensor) -> dict[str, torch.Tensor]:
     unknown = progress < 0
     group = unknown | (progress >= config.group_aux_loss_start)
-    warmup = max(config.router_intra_group_warmup, torch.finfo(progress.dtype).tiny)
-    intra = torch.where(unknown, 1.0, (progress / warmup).clamp(max=1)) if config.router_intra_group_warmup else 1
-    return {"group": group.to(progress.dtype), "intra_group": intra}
+    schedules = {"group": group.to(progress.dtype)}
+    if config.router_intra_group_warmup:
+        risen = (progress / config.router_intra_group_warmup).clamp(max=1)
+        schedules["intra_group"] = torch.where(unknown, 1.0, risen)
+    return schedules
 
 
 def _layer_losses(
     router: MoHGERouter, output: RouterOutput, mask_RS: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The [R] losses that are switched on, and the [R, E] counts of tokens that chose each expert."""
-    config = router.config
-    wanted = _switched_on(config)
     statistics = _Statistics(router, output, mask_RS)
-    losses = {name: _LOSSES[name](config, statistics) for name in wanted}
+    losses = {name: _LOSSES[name](router.config, statistics) for name in _switched_on(router.config)}
     return losses, statistics.counts_RE
 
 

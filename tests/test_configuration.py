@@ -352,7 +352,9 @@ def test_values_changed_later_are_checked_when_the_config_is_saved(field, tmp_pa
     ],
 )
 def test_values_at_the_edge_are_accepted(kwargs):
-    MoHGEConfig(**SMALL | kwargs)
+    config = MoHGEConfig(**SMALL | kwargs)
+    for field, value in kwargs.items():
+        assert getattr(config, field) == (list(value) if isinstance(value, tuple) else value)
 
 
 # JSON

@@ -17,15 +17,6 @@ IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The matrices are too small to share: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass
 class Case:
     """Shape of the experts, and of one call."""
