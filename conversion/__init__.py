@@ -1,1 +1,7 @@
 """Conversion of dense and homogeneous checkpoints into expert groups."""
+
+from .convert import Plan, convert, make_plan
+from .recipe import Recipe, load_recipe
+
+
+__all__ = ["Plan", "Recipe", "convert", "load_recipe", "make_plan"]

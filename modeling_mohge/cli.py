@@ -7,6 +7,9 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from mohge.conversion.command import add_arguments as add_convert_arguments
+from mohge.conversion.command import run as run_convert
+
 from .configuration_mohge import MoHGEConfig
 
 
@@ -17,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
     info = commands.add_parser("info", help="print the group table, total and activated parameters")
     info.add_argument("source", metavar="CONFIG_OR_FOLDER", help="a config.json, a model folder or a Hub id")
     info.set_defaults(run=_info)
+    convert = commands.add_parser("convert", help="turn a dense or homogeneous checkpoint into expert groups, or back")
+    convert.set_defaults(run=run_convert)
+    add_convert_arguments(convert)
     demo = commands.add_parser("demo", help="train, save, reload and sample a small model on real text")
     demo.set_defaults(run=_demo)
     _add_demo_arguments(demo)

@@ -28,6 +28,11 @@ _SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
 )
+_DERIVED_FIELDS = {
+    "num_experts": "num_experts_per_group",
+    "num_local_experts": "num_experts_per_group",
+    "moe_intermediate_size": "moe_intermediate_sizes",
+}
 _PER_LAYER_FIELDS = {"moe_intermediate_sizes", "num_experts_per_group", "num_experts_per_tok", "num_groups_per_tok"}
 
 
@@ -77,6 +82,9 @@ class MoHGEConfig(PreTrainedConfig):
             Rotary embedding: `rope_theta` (10000 by default), `rope_type` and the parameters of that type.
         attention_bias (`bool`, *optional*, defaults to `False`):
             Whether the attention projections have biases.
+        attention_out_bias (`bool`, *optional*):
+            Whether the output projection of attention has one; defaults to `attention_bias`. Qwen2 has biases in
+            queries, keys and values only.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout probability of the attention weights.
         clip_qkv (`float`, *optional*):
@@ -216,6 +224,7 @@ class MoHGEConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
     attention_dropout: float | int = 0.0
     clip_qkv: float | int | None = None
     qk_norm: Literal["head", "hidden"] | None = None
@@ -262,6 +271,8 @@ class MoHGEConfig(PreTrainedConfig):
             self.head_dim = self.qk_rope_head_dim  # what the rotary embedding and the cache go by
         elif self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
@@ -271,9 +282,9 @@ class MoHGEConfig(PreTrainedConfig):
             self.num_experts_per_group = list(self.num_experts_per_group)
         if self.router_group_aux_loss_coef is None:
             self.router_group_aux_loss_coef = 1e-5 if self.router_type == "two_level" else 0.0
-        for name in ("num_experts", "num_local_experts"):
+        for name, field in _DERIVED_FIELDS.items():
             if name in kwargs:
-                raise ValueError(f"`{name}` follows from the groups: set `num_experts_per_group` instead")
+                raise ValueError(f"`{name}` follows from the groups: set `{field}` instead")
         if self.num_groups_per_tok is None:
             self.num_groups_per_tok = self._default_num_groups_per_tok()
         elif self.router_type != "two_level" and self.num_groups_per_tok != self.num_groups:
@@ -326,6 +337,14 @@ class MoHGEConfig(PreTrainedConfig):
     def num_experts(self) -> int:
         """Number of routed experts `E` of a layer."""
         return sum(self.expert_counts)
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """The width that all experts share, where they share one; otherwise the config has no such attribute."""
+        widths = {width for layer in self._distinct_layers() for width in layer.moe_intermediate_sizes}
+        if len(widths) > 1:
+            raise AttributeError("experts have different widths: see `moe_intermediate_sizes`")
+        return widths.pop()
 
     @property
     def num_expert_sets(self) -> int:

@@ -138,7 +138,7 @@ class MoHGEAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
         if config.qk_norm is not None:
             per_head = config.qk_norm == "head"
             self.q_norm = MoHGERMSNorm(self.head_dim if per_head else query_size, eps=config.rms_norm_eps)
@@ -367,8 +367,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """See `PreTrainedModel.save_pretrained`. The checkpoint carries this code and loads as `AutoModel` and as
         `AutoModelForCausalLM`, whichever of the two was saved."""
-        classes = {"AutoModel": "MoHGEModel", "AutoModelForCausalLM": "MoHGEForCausalLM"}
-        self.config.auto_map = {auto: f"modeling_mohge.{name}" for auto, name in classes.items()}
+        self.config.auto_map = dict(AUTO_MAP)
         # Left alone, transformers copies the module of the object's class, which for a sharded model is torch's.
         cls, auto_class = type(self), vars(type(self)).get("_auto_class")
         cls._auto_class = None
@@ -380,7 +379,16 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             else:
                 cls._auto_class = auto_class
         if is_main_process:
-            custom_object_save(object.__new__(MoHGEForCausalLM), save_directory)
+            save_code(save_directory)
+
+
+AUTO_MAP = {"AutoModel": "modeling_mohge.MoHGEModel", "AutoModelForCausalLM": "modeling_mohge.MoHGEForCausalLM"}
+"""What the config of a checkpoint that carries its code says under `auto_map`."""
+
+
+def save_code(save_directory):
+    """Copy the model's code beside its weights."""
+    custom_object_save(object.__new__(MoHGEForCausalLM), save_directory)
 
 
 def _add_group_logits(forward: Callable) -> Callable:

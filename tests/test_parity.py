@@ -94,6 +94,7 @@ MODELS = {
         },
         {
             "attention_bias": True,
+            "attention_out_bias": False,
             "shared_expert_intermediate_size": 28,
             "shared_expert_gate": True,
             "mlp_only_layers": [1],
@@ -152,10 +153,6 @@ def convert(reference: torch.nn.Module, **kwargs) -> MoHGEForCausalLM:
         for projection in ("gate_up_proj", "down_proj"):
             name = name.replace(f"mlp.experts.{projection}", f"mlp.experts.{projection}_0")
         weights[name.replace("mlp.shared_experts.", "mlp.shared_expert.")] = weight
-    if model.config.attention_bias:  # Qwen2 has biases in q, k and v only
-        for name in model.state_dict().keys() - weights.keys():
-            assert name.endswith("o_proj.bias")
-            weights[name] = torch.zeros(model.config.hidden_size)
     model.load_state_dict(weights, strict=True)
     return model
 

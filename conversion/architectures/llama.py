@@ -1,0 +1,7 @@
+"""Llama."""
+
+from .base import Architecture
+
+
+class Llama(Architecture):
+    model_type = "llama"

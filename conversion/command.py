@@ -1,0 +1,71 @@
+"""The command `mohge convert`."""
+
+import argparse
+from dataclasses import fields
+from typing import get_args
+
+from .convert import convert, make_plan
+from .receipt import summary
+from .recipe import Mode, Recipe, Router, load_recipe
+
+
+def _numbers(text: str) -> int | list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    return numbers if "," in text else numbers[0]
+
+
+_TYPES = {
+    "widths": lambda text: [int(part) for part in text.split(",")],
+    "experts_per_group": _numbers,
+    "top_k": int,
+    "top_groups": int,
+    "reinit": float,
+    "calibration_tokens": int,
+    "calibration_length": int,
+    "seed": int,
+    "max_kl": float,
+}
+"""How an option's text becomes its value, where it is not the text itself."""
+_CHOICES = {"mode": get_args(Mode), "router": get_args(Router)}
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the arguments of the command: every option of a [`Recipe`], and how to run it."""
+    parser.add_argument("--recipe", metavar="YAML", help="file of options; those given here go before it")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    for option in fields(Recipe):
+        text = option.metadata["help"]
+        if option.default not in (None, ""):
+            text += f" (default: {option.default})"
+        if option.name in ("source", "output"):
+            parser.add_argument(option.name, nargs="?", metavar=option.name.upper(), help=text)
+        elif option.name == "pad":
+            parser.add_argument("--pad", action="store_true", default=None, help=text)
+        else:
+            parser.add_argument(
+                "--" + option.name.replace("_", "-"),
+                type=_TYPES.get(option.name, str),
+                choices=_CHOICES.get(option.name),
+                help=text,
+            )
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Run the command with parsed arguments.
+
+    Returns:
+        `int`: 0, or 1 if the check of the result failed.
+
+    Raises:
+        ValueError: for bad usage or input; nothing is written then.
+    """
+    given = {option.name: getattr(options, option.name) for option in fields(Recipe)}
+    plan = make_plan(load_recipe(options.recipe, **given))
+    if options.dry_run:
+        print(plan.describe())
+        return 0
+    report = convert(plan, progress=True)
+    print(summary(report))
+    print(f"written: {plan.recipe.output}")
+    return 0 if report["passed"] else 1

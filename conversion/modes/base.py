@@ -1,0 +1,154 @@
+"""What the modes have in common."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..architectures import Architecture, Expert, LayerWeights, MoHGE
+from ..recipe import Recipe
+
+
+Run = Callable[[Callable[[nn.Module], AbstractContextManager]], None]
+"""Runs the calibration tokens through the source's layer, inside the context that the argument makes of the window."""
+
+
+class Layer(NamedTuple):
+    """A layer that a mode is working on."""
+
+    number: int
+    generator: torch.Generator
+    tokens: int
+    """Number T of calibration tokens."""
+    difficulty: torch.Tensor | None
+    """[T] loss of the source at each calibration token, for modes that want it."""
+
+
+class Converted(NamedTuple):
+    """A layer of the result."""
+
+    weights: LayerWeights
+    squares: list[torch.Tensor] | None = None
+    """With refit, for each expert read so far, three sums of squares over calibration tokens: of the output at the
+    source's weights, and of its error without and with refit."""
+
+
+class Mode:
+    """
+    A way to convert a checkpoint. A subclass for each entry of `Recipe.mode`.
+
+    Args:
+        recipe ([`Recipe`]): The options.
+        source ([`Architecture`]): Architecture of the source.
+
+    Raises:
+        ValueError: if an option is missing, does not apply, or does not fit the source.
+    """
+
+    name: str
+    takes: str
+    """What it converts: "dense", "mixture" or "mohge"."""
+    options: frozenset[str] = frozenset()
+    """The options that it knows, beside those that every mode knows."""
+    needs_difficulty = False
+    """Whether `Layer.difficulty` is wanted."""
+
+    def __init__(self, recipe: Recipe, source: Architecture):
+        self.recipe, self.source = recipe, source
+        kind = "mohge" if isinstance(source, MoHGE) else "dense" if source.experts is None else "mixture"
+        if kind != self.takes:
+            fits = ", ".join(sorted(n for n, mode in MODES.items() if mode.takes == kind))
+            raise ValueError(
+                f"`mode` {self.name} takes a {_KINDS[self.takes]}, and this {source.model_type} checkpoint is a "
+                f"{_KINDS[kind]}: use {fits}"
+            )
+        every_option = frozenset().union(*(mode.options for mode in MODES.values()))
+        for option in sorted(every_option - self.options):
+            if getattr(recipe, option) not in (None, False):
+                raise ValueError(f"`{option}` does not apply to mode {self.name}: leave it out")
+        self.target = self.make_target()
+        if self.needs_calibration and recipe.calibration is None:
+            raise ValueError(f"mode {self.name} needs `calibration` {self.needs_calibration}: name a data set")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the logits stay equal up to rounding."""
+        return True
+
+    @property
+    def reason(self) -> str:
+        """Why it is exact or not."""
+        raise NotImplementedError
+
+    @property
+    def needs_calibration(self) -> str:
+        """What calibration is needed for; empty if it is not."""
+        return ""
+
+    def make_target(self) -> Architecture:
+        """The architecture of the result, with its config."""
+        raise NotImplementedError
+
+    def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> Any:
+        """What `convert` needs to know of calibration tokens; `run` may be called several times, or not at all."""
+        return None
+
+    def convert(self, layer: Layer, weights: LayerWeights, statistics: Any) -> "Converted":
+        """The layer of the result."""
+        raise NotImplementedError
+
+    def expert_counts(self, total: int, groups: int | None = None) -> list[int]:
+        """Experts in each group, of a source that has `total`; by default as many in each of `groups`."""
+        given = self.recipe.experts_per_group
+        if given is None:
+            given = total // groups if groups else self.required("experts_per_group")
+        counts = given if isinstance(given, list) else [given] * (groups or total // max(given, 1))
+        if sum(counts) != total or min(counts) < 1:
+            raise ValueError(
+                f"`experts_per_group` makes groups of {counts} experts, and the source has {total}: give numbers that "
+                "add up to it"
+            )
+        return counts
+
+    def required(self, option: str) -> Any:
+        """The value of an option that must be given."""
+        value = getattr(self.recipe, option)
+        if value is None:
+            raise ValueError(f"mode {self.name} needs `{option}`: give it")
+        return value
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            MODES[cls.name] = cls
+
+
+MODES: dict[str, type[Mode]] = {}
+"""Every mode by its name; a subclass of [`Mode`] enters itself."""
+_KINDS = {"dense": "dense model", "mixture": "mixture of experts", "mohge": "MoHGE model"}
+
+
+def slice_neurons(expert: Expert, index: torch.Tensor) -> Expert:
+    """The expert with only these neurons, in this order: one index set for all three matrices."""
+    return Expert(expert.gate[index], expert.up[index], expert.down[:, index])
+
+
+def widen(expert: Expert, width: int, generator: torch.Generator | None, std: float = 0.0) -> Expert:
+    """
+    The expert with idle neurons appended up to `width`: their columns of the down projection are zero. With a
+    `generator` their rows are drawn with `std`, so that they can learn; without, they are zero as well.
+    """
+    missing = width - expert.gate.shape[0]
+    size = (missing, expert.gate.shape[1])
+    if generator is None:
+        gate, up = torch.zeros(size), torch.zeros(size)
+    else:
+        gate, up = (torch.randn(size, generator=generator) * std for _ in range(2))
+    dtype = expert.gate.dtype
+    return Expert(
+        torch.cat([expert.gate, gate.to(dtype)]),
+        torch.cat([expert.up, up.to(dtype)]),
+        torch.cat([expert.down, expert.down.new_zeros(expert.down.shape[0], missing)], dim=1),
+    )

@@ -1,0 +1,219 @@
+"""Modes for dense models that keep the feed-forward whole: copy, residual and shards."""
+
+import math
+
+import torch
+
+from mohge import MoHGEConfig
+
+from ..architectures import Expert, LayerWeights, MoHGE
+from ..statistics import DenseStatistics, cluster, important_neurons, linear_rows, observe_dense, refit
+from .base import Converted, Layer, Mode, Run, slice_neurons, widen
+
+
+_PROJECTIONS = Expert("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+
+
+def take_feed_forward(weights: LayerWeights) -> tuple[Expert, dict[str, torch.Tensor]]:
+    """The feed-forward of a dense layer, and the layer's other tensors."""
+    others = {name: tensor for name, tensor in weights.tensors.items() if name not in _PROJECTIONS}
+    return Expert(*(weights.tensors[name] for name in _PROJECTIONS)), others
+
+
+def shared_expert(expert: Expert) -> dict[str, torch.Tensor]:
+    """The tensors of a shared expert."""
+    names = (name.replace("mlp.", "mlp.shared_expert.") for name in _PROJECTIONS)
+    return dict(zip(names, expert, strict=True))
+
+
+class Copy(Mode):
+    """Every expert is a copy of the feed-forward: wider ones have idle neurons, narrower ones keep the most important
+    neurons and are refitted. `reinit` draws a fraction of each expert's neurons anew (Drop-Upcycling,
+    https://huggingface.co/papers/2502.19261)."""
+
+    name = "copy"
+    takes = "dense"
+    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "router", "reinit"})
+    refits = True
+
+    @property
+    def narrows(self) -> bool:
+        """Whether some expert is narrower than the feed-forward."""
+        return min(self.target.config.moe_intermediate_sizes) < self.source.config.intermediate_size
+
+    @property
+    def exact(self) -> bool:
+        return not self.narrows and not self.recipe.reinit
+
+    @property
+    def reason(self) -> str:
+        if self.exact:
+            return "every expert computes the feed-forward, and combine weights add up to 1"
+        return "neurons are drawn anew" if self.recipe.reinit else "experts are narrower than the feed-forward"
+
+    @property
+    def needs_calibration(self) -> str:
+        return "to choose the neurons of experts that are narrower than the feed-forward" if self.narrows else ""
+
+    @property
+    def needs_difficulty(self) -> bool:
+        return self.recipe.calibration is not None and self.target.config.router_type == "two_level"
+
+    def make_target(self) -> MoHGE:
+        fields = {
+            "moe_intermediate_sizes": self.required("widths"),
+            "num_experts_per_group": self.required("experts_per_group"),
+            "num_experts_per_tok": self.required("top_k"),
+            "num_groups_per_tok": self.recipe.top_groups,
+            "router_type": self.recipe.router or "two_level",
+            "shared_expert_intermediate_size": self.shared_width,
+        }
+        return MoHGE(MoHGEConfig(**self.source.backbone(), **fields))
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the shared expert."""
+        return 0
+
+    def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> DenseStatistics | None:
+        if self.recipe.calibration is None:
+            return None
+        width = self.source.config.intermediate_size
+        statistics = DenseStatistics(width, layer.tokens, gram=self.refits and self.narrows)
+        run(lambda decoder: observe_dense(decoder, statistics))
+        return statistics
+
+    def convert(self, layer: Layer, weights: LayerWeights, statistics: DenseStatistics | None) -> Converted:
+        config, generator = self.target.config, layer.generator
+        full, tensors = take_feed_forward(weights)
+        tensors |= self._router(layer, statistics, full.gate.dtype)
+        squares, narrowed = [], {}
+
+        def narrow(width: int) -> Expert:
+            kept = important_neurons(statistics.activation_D, full.down, width)
+            if not self.refits:
+                return slice_neurons(full, kept)
+            down, sums = refit(full.down, kept, statistics.gram_DD)
+            squares.append(sums)
+            return slice_neurons(full, kept)._replace(down=down)
+
+        def expert(number: int) -> Expert:
+            width = config.expert_widths[number]
+            if width >= full.gate.shape[0]:
+                made = widen(full, width, generator, config.initializer_range)
+            else:
+                made = narrowed[width] = narrowed.get(width) or narrow(width)
+            return self.finish(made, generator)
+
+        return Converted(LayerWeights(tensors, expert), squares if self.refits and self.narrows else None)
+
+    def finish(self, expert: Expert, generator: torch.Generator) -> Expert:
+        """The expert as it is written."""
+        if not self.recipe.reinit:
+            return expert
+        width = expert.gate.shape[0]
+        drawn = torch.randperm(width, generator=generator)[: round(self.recipe.reinit * width)]
+        made = Expert(*(matrix.clone() for matrix in expert))
+        for neurons in (made.gate, made.up, made.down.T):  # one index set for all three
+            old = neurons[drawn].float()
+            new = torch.randn(old.shape, generator=generator) * old.std() + old.mean()
+            neurons[drawn] = new.to(neurons.dtype)
+        return made
+
+    def _router(self, layer: Layer, statistics: DenseStatistics | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Rows that tell clusters of tokens apart, and for groups easy tokens from hard ones: the harder, the wider.
+        Without calibration, rows drawn at random."""
+        config = self.target.config
+        sizes = {"mlp.gate.weight": config.num_experts}
+        if config.router_type == "two_level":
+            sizes["mlp.gate.group_weight"] = config.num_groups
+        if statistics is None:
+            return {
+                name: (torch.randn(rows, config.hidden_size, generator=layer.generator) * config.initializer_range).to(
+                    dtype
+                )
+                for name, rows in sizes.items()
+            }
+        inputs_TH = statistics.sample()
+        targets = {"mlp.gate.weight": torch.zeros(len(inputs_TH), config.num_experts)}
+        for ids in config.expert_id_table:
+            ids = torch.tensor([number for number in ids if number < config.num_experts])
+            capacity = -(-len(inputs_TH) // len(ids))
+            clusters_T = cluster(inputs_TH, [capacity] * len(ids), layer.generator)
+            targets["mlp.gate.weight"].scatter_(1, ids[clusters_T, None], 1.0)
+        if "mlp.gate.group_weight" in sizes:
+            order_T = layer.difficulty[statistics.sampled()].argsort(stable=True).argsort()
+            bins_T = order_T * config.num_groups // len(order_T)
+            targets["mlp.gate.group_weight"] = torch.eye(config.num_groups)[bins_T]
+        gram_HH = inputs_TH.T @ inputs_TH
+        return {
+            name: linear_rows(gram_HH, inputs_TH.T @ target, len(inputs_TH)).to(dtype)
+            for name, target in targets.items()
+        }
+
+
+class Residual(Copy):
+    """The feed-forward stays whole as the shared expert; routed experts start as in `copy` with a down projection of
+    zero, so that they add nothing until they have learned something."""
+
+    name = "residual"
+    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "router"})
+    refits = False
+    exact = True
+    reason = "the shared expert computes the feed-forward, and routed experts add zero"
+
+    @property
+    def shared_width(self) -> int:
+        return self.source.config.intermediate_size
+
+    def convert(self, layer: Layer, weights: LayerWeights, statistics: DenseStatistics | None) -> Converted:
+        routed = super().convert(layer, weights, statistics).weights
+        full, _ = take_feed_forward(weights)
+        return Converted(LayerWeights({**routed.tensors, **shared_expert(full)}, routed.expert))
+
+    def finish(self, expert: Expert, generator: torch.Generator) -> Expert:
+        return expert._replace(down=torch.zeros_like(expert.down))
+
+
+class Shards(Mode):
+    """The feed-forward is cut into one shard for each group, and each group holds copies of its shard: virtual groups
+    (https://huggingface.co/papers/2410.07524) with shards of different width. A token takes one expert of each group at
+    weight 1 / G; the down projection alone makes up for that."""
+
+    name = "shards"
+    takes = "dense"
+    options = frozenset({"widths", "experts_per_group"})
+    reason = "a token takes one copy of every shard, and the down projection makes up for the combine weights"
+
+    def make_target(self) -> MoHGE:
+        widths, width = self.required("widths"), self.source.config.intermediate_size
+        if sum(widths) != width:
+            raise ValueError(
+                f"`widths` {widths} add up to {sum(widths)}, and the feed-forward has width {width}: make them agree"
+            )
+        fields = {
+            "moe_intermediate_sizes": widths,
+            "num_experts_per_group": self.required("experts_per_group"),
+            "num_experts_per_tok": len(widths),
+            "router_type": "grouped_top_k",
+            "shared_expert_intermediate_size": 0,
+            "routed_scaling_factor": len(widths) / self._factor(len(widths)),
+        }
+        return MoHGE(MoHGEConfig(**self.source.backbone(), **fields))
+
+    def _factor(self, groups: int) -> int:
+        """What the down projection is multiplied by. Half precision holds a weight times a power of two only; the
+        router's scaling factor takes the rest."""
+        return groups if self.source.config.dtype in (None, torch.float32) else 2 ** int(math.log2(groups))
+
+    def convert(self, layer: Layer, weights: LayerWeights, statistics: None) -> Converted:
+        config = self.target.config
+        full, tensors = take_feed_forward(weights)
+        tensors["mlp.gate.weight"] = full.gate.new_zeros(config.num_experts, config.hidden_size)
+        parts = torch.arange(full.gate.shape[0]).split(config.moe_intermediate_sizes)
+
+        def expert(number: int) -> Expert:
+            shard = slice_neurons(full, parts[config.expert_groups[number]])
+            return shard._replace(down=shard.down * self._factor(config.num_groups))
+
+        return Converted(LayerWeights(tensors, expert))

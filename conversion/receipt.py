@@ -1,0 +1,118 @@
+"""What a conversion kept: measured against the source, as JSON, as a table and as a model card."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard, ModelCardData
+
+
+EXACT = 1e-5
+"""Largest relative error, in float32, of a conversion that is exact."""
+
+
+class LogitComparison:
+    """Sums over held-out tokens of what the logits of two models have in common."""
+
+    def __init__(self):
+        self.errors: list[torch.Tensor] = []
+        self.kl = self.agreement = 0.0
+        self.losses = [0.0, 0.0]
+        self.tokens = self.targets = 0
+
+    def add(self, targets_T: torch.Tensor, before_TV: torch.Tensor, after_TV: torch.Tensor):
+        """Take in the logits of source and result for some tokens, and the tokens that follow, -100 for none."""
+        self.errors.append((after_TV - before_TV).norm(dim=-1) / before_TV.norm(dim=-1))
+        self.agreement += (before_TV.argmax(-1) == after_TV.argmax(-1)).sum().item()
+        log_p, log_q = before_TV.log_softmax(-1), after_TV.log_softmax(-1)
+        self.kl += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64).item()
+        self.tokens += len(targets_T)
+        self.targets += (targets_T >= 0).sum().item()
+        for which, log_probabilities in enumerate((log_p, log_q)):
+            self.losses[which] += F.nll_loss(log_probabilities, targets_T, reduction="sum").item()
+
+    def result(self, text: bool) -> dict:
+        """The means; perplexities only of text."""
+        errors = torch.cat(self.errors)
+        perplexities = [math.exp(min(loss / self.targets, 700)) if text else None for loss in self.losses]
+        return {
+            "relative_error_median": errors.median().item(),
+            "relative_error_max": errors.max().item(),
+            "kl": max(0.0, self.kl / self.tokens),
+            "top1_agreement": self.agreement / self.tokens,
+            "perplexity_before": perplexities[0],
+            "perplexity_after": perplexities[1],
+        }
+
+
+def judge(report: dict, max_kl: float | None) -> list[str]:
+    """What of the promise did not hold; empty if it held."""
+    failures = []
+    if report["exact"]:
+        for layer in report["layers"]:
+            if not layer["relative_error"] <= EXACT:
+                failures.append(f"layer {layer['layer']}: relative error {layer['relative_error']:.2g} > {EXACT:g}")
+        error = report["logits"]["relative_error_median"]
+        if not error <= EXACT:
+            failures.append(f"logits: median relative error {error:.2g} > {EXACT:g}")
+    if max_kl is not None and not report["logits"]["kl"] <= max_kl:
+        failures.append(f"logits: KL divergence {report['logits']['kl']:.4g} > --max-kl {max_kl:g}")
+    return failures
+
+
+def summary(report: dict) -> str:
+    """The receipt as text."""
+    logits, before, after = report["logits"], report["parameters"]["before"], report["parameters"]["after"]
+    refitted = any("calibration_error" in layer for layer in report["layers"])
+    head = "| layer | error | dead experts |" + (" calibration error without refit | with refit |" if refitted else "")
+    rows = [head, "|---" * (head.count("|") - 1) + "|"]
+    for layer in report["layers"]:
+        row = f"| {layer['layer']} | {layer['relative_error']:.2g} | {len(layer['dead_experts'])} |"
+        if "calibration_error" in layer:
+            row += f" {layer['calibration_error_without_refit']:.4f} | {layer['calibration_error']:.4f} |"
+        rows.append(row + " | |" * (refitted and "calibration_error" not in layer))
+    facts = {
+        "parameters": f"{before['total']:,} -> {after['total']:,}",
+        "activated per token": f"{before['activated']:,} -> {after['activated']:,}",
+        "checked on": f"{report['check']['tokens']:,} tokens, {report['check']['text']}",
+        "logits, relative error": f"{logits['relative_error_median']:.2g} (median), "
+        f"{logits['relative_error_max']:.2g} (largest)",
+        "logits, KL divergence": f"{logits['kl']:.4g} nats per token",
+        "top-1 agreement": f"{logits['top1_agreement']:.2%}",
+    }
+    if logits["perplexity_before"] is not None:
+        facts["perplexity"] = f"{logits['perplexity_before']:.4g} -> {logits['perplexity_after']:.4g}"
+    width = max(map(len, facts))
+    exact = "exact" if report["exact"] else "not exact"
+    return "\n".join(
+        [
+            f"{report['mode']}, {exact}: {report['reason']}",
+            "",
+            *rows,
+            "",
+            *(f"{name:<{width}}  {value}" for name, value in facts.items()),
+            *(f"CHECK FAILED: {failure}" for failure in report["failures"]),
+        ]
+    )
+
+
+def model_card(report: dict) -> str:
+    """A model card that says where the weights come from and what was kept of them."""
+    source = report["source"]
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["mixture-of-experts", "mohge"],
+        pipeline_tag="text-generation",
+        base_model=source["path"] if source["revision"] else None,
+    )
+    revision = f" at revision `{source['revision']}`" if source["revision"] else ""
+    name = source["path"] if source["revision"] else source["path"].rstrip("/").rpartition("/")[2]
+    return str(
+        ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n"
+            f"# {name}, converted by `mohge convert --mode {report['mode']}`\n\n"
+            f"Made from `{name}` ({source['model_type']}){revision}; `conversion_recipe.yaml` repeats it, "
+            "`conversion_report.json` has every figure.\n\n"
+            f"```text\n{summary(report)}\n```\n"
+        )
+    )

@@ -1,0 +1,88 @@
+"""What to convert and how: the options of `mohge convert`, as a dataclass and as YAML."""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from huggingface_hub.dataclasses import strict
+
+
+Mode = Literal["regroup", "trim", "copy", "residual", "split", "shards", "export"]
+Router = Literal["two_level", "top_k", "top_p", "grouped_top_k"]
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@strict
+@dataclass(kw_only=True)
+class Recipe:
+    """
+    Options of a conversion; `mohge convert --help` and `conversion/README.md` explain each. None leaves the choice to
+    the mode.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: if an option has the wrong type.
+    """
+
+    source: str = _option("", "folder or Hub id of the checkpoint")
+    output: str = _option("", "folder to create")
+    mode: Mode | None = _option(None, "what to make of the source")
+    widths: list[int] | None = _option(None, "expert width of each group, ascending, such as 384,512")
+    experts_per_group: int | list[int] | None = _option(None, "experts in each group: one number, or one per group")
+    top_k: int | None = _option(None, "experts per token")
+    top_groups: int | None = _option(None, "groups kept per token")
+    router: Router | None = _option(None, "router of a dense source's experts (default: two_level)")
+    reinit: float | int | None = _option(None, "fraction of each expert's neurons to draw anew (copy)")
+    pad: bool | None = _option(None, "pad every expert to the largest width (export)")
+    calibration: str | None = _option(None, "text: a Hub id, a folder, or a txt, jsonl, json, csv or parquet file")
+    calibration_tokens: int = _option(131072, "tokens to read, an eighth of which is held out")
+    calibration_length: int = _option(1024, "tokens of a sequence")
+    calibration_split: str = _option("train", "split of the data set")
+    calibration_column: str = _option("text", "column of the text")
+    revision: str | None = _option(None, "revision of a source on the Hub")
+    seed: int = _option(0, "seed of everything drawn at random")
+    max_kl: float | int | None = _option(None, "fail above this mean KL divergence of the logits, in nats per token")
+    device: str = _option("cpu", "device of the calibration and of the check")
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, options that are None left out."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def load_recipe(path: str | None, **options) -> Recipe:
+    """
+    Read a recipe.
+
+    Args:
+        path (`str`, *optional*): YAML file.
+        options: Options that go before those of the file; None means not given.
+
+    Raises:
+        ValueError: if the file cannot be read or has an unknown option, or one that is needed is missing.
+    """
+    values = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} cannot be read as a YAML recipe ({error})") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is no recipe: write one option per line, such as `mode: regroup`")
+    known = {option.name for option in fields(Recipe)}
+    unknown = sorted(str(name) for name in values.keys() - known)
+    if unknown:
+        raise ValueError(f"{path} has the unknown option `{unknown[0]}`: use one of {', '.join(sorted(known))}")
+    recipe = Recipe(**values | {name: value for name, value in options.items() if value is not None})
+    for name in ("source", "output", "mode"):
+        if not getattr(recipe, name):
+            raise ValueError(f"`{name}` is missing: give it on the command line or in the recipe")
+    for name in ("calibration_tokens", "calibration_length"):
+        if getattr(recipe, name) < 2:
+            raise ValueError(f"`{name}` is {getattr(recipe, name)}: it must be at least 2 tokens")
+    if recipe.reinit is not None and not 0 <= recipe.reinit <= 1:
+        raise ValueError(f"`reinit` is {recipe.reinit}: it is a fraction, 0 to 1")
+    return recipe

@@ -1,0 +1,231 @@
+"""What calibration measures in a layer, and what follows from it: importance, refit, and first rows for routers.
+
+Shapes: T tokens, H hidden size, D or W width of a feed-forward, E experts. A suffix names the shape of a tensor.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
+"""Called for each batch with the input [T, H] of a feed-forward, after its norm, and its activations [T, D]."""
+
+_SAMPLE = 8192
+"""Most tokens of a sample."""
+_RIDGE = 1e-2
+"""Strength of the ridge, relative to the mean of the Gram matrix's diagonal."""
+
+
+@contextmanager
+def observe_dense(decoder: nn.Module, observer: Observer) -> Iterator[None]:
+    """Let `observer` see the dense feed-forward of a window."""
+    feed_forward = decoder.layers[0].mlp
+    seen = {}
+    hooks = [
+        feed_forward.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].flatten(0, -2))),
+        feed_forward.down_proj.register_forward_pre_hook(
+            lambda module, args: observer(seen.pop("x"), args[0].flatten(0, -2))
+        ),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class DenseStatistics:
+    """
+    Sums over calibration tokens of a dense feed-forward, and a sample of its inputs.
+
+    Args:
+        width (`int`): Width D of the feed-forward.
+        tokens (`int`): Number of tokens that will come.
+        gram (`bool`): Whether to take the Gram matrix of the activations.
+    """
+
+    def __init__(self, width: int, tokens: int, gram: bool):
+        self.tokens = 0
+        self.activation_D = torch.zeros(width)
+        """Sum of the activations' magnitudes."""
+        self.gram_DD = torch.zeros(width, width) if gram else None
+        """Sum of the outer products of the activations."""
+        self._stride = -(-tokens // _SAMPLE)
+        self._inputs: list[torch.Tensor] = []
+        self._positions: list[torch.Tensor] = []
+
+    def __call__(self, inputs_TH: torch.Tensor, activations_TD: torch.Tensor):
+        """Take in a batch."""
+        self.activation_D += activations_TD.abs().sum(0).cpu()
+        if self.gram_DD is not None:
+            self.gram_DD.addmm_(activations_TD.T.cpu(), activations_TD.cpu())
+        positions = torch.arange(self.tokens, self.tokens + len(inputs_TH))
+        sampled = positions % self._stride == 0
+        self._positions.append(positions[sampled])
+        self._inputs.append(inputs_TH.cpu()[sampled])
+        self.tokens += len(inputs_TH)
+
+    def sample(self) -> torch.Tensor:
+        """Inputs [T', H] of some tokens, evenly spaced."""
+        return torch.cat(self._inputs)
+
+    def sampled(self) -> torch.Tensor:
+        """[T'] which tokens they are."""
+        return torch.cat(self._positions)
+
+
+class ExpertStatistics:
+    """
+    Sums over calibration tokens for each expert of a mixture.
+
+    Args:
+        experts (`int`): Number of experts E.
+        width (`int`): Their width W.
+    """
+
+    def __init__(self, experts: int, width: int):
+        self.tokens_E = torch.zeros(experts)
+        self.saliency_E = torch.zeros(experts)
+        """Sum of combine weight times norm of the output (REAP, https://huggingface.co/papers/2510.13999)."""
+        self.activation_EW = torch.zeros(experts, width)
+        """Sum of the activations' magnitudes."""
+        self.gram_EWW = torch.zeros(experts, width, width)
+        """Sum of the outer products of the activations, scaled by the combine weight."""
+
+    def add(self, expert: int, activations_TW: torch.Tensor, output_TH: torch.Tensor, weights_T: torch.Tensor):
+        """Take in the tokens of one expert; `output_TH` is already scaled by `weights_T`."""
+        self.tokens_E[expert] += len(weights_T)
+        self.saliency_E[expert] += output_TH.norm(dim=-1).sum().cpu()
+        self.activation_EW[expert] += activations_TW.abs().sum(0).cpu()
+        scaled_TW = activations_TW * weights_T[:, None]
+        self.gram_EWW[expert].addmm_(scaled_TW.T.cpu(), scaled_TW.cpu())
+
+
+@contextmanager
+def observe_experts(decoder: nn.Module, statistics: ExpertStatistics) -> Iterator[None]:
+    """Let `statistics` see the routed experts of a window, of transformers' own class."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token_idx, position = torch.where(top_k_index == expert)
+            weights = top_k_weights[token_idx, position]
+            gate, up = F.linear(hidden_states[token_idx], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            activations = self.act_fn(gate) * up
+            result = F.linear(activations, self.down_proj[expert]) * weights[:, None]
+            statistics.add(expert, activations, result, weights)
+            output.index_add_(0, token_idx, result)
+        return output
+
+    config = decoder.config
+    before = config._experts_implementation
+    ALL_EXPERTS_FUNCTIONS.register("mohge_statistics", forward)
+    config._experts_implementation = "mohge_statistics"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
+
+
+def important_neurons(activation_W: torch.Tensor, down_HW: torch.Tensor, count: int) -> torch.Tensor:
+    """
+    Indices, ascending, of the `count` neurons whose activation magnitude times norm of their column of the down
+    projection is largest. Where nothing was activated, the columns alone decide.
+    """
+    norms_W = down_HW.float().norm(dim=0)
+    importance_W = activation_W * norms_W if activation_W.any() else norms_W
+    return importance_W.topk(count).indices.sort().values
+
+
+def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram_WW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The down projection of an expert that keeps only some neurons, by ridge regression of the full expert's output on
+    the kept activations. The ridge pulls towards the columns as they were, so that without tokens nothing changes,
+    and with any the calibration error cannot rise.
+
+    Args:
+        down_HW (`torch.Tensor`): Down projection of the full expert.
+        kept (`torch.Tensor`): Indices of the neurons it keeps.
+        gram_WW (`torch.Tensor`): Sum over tokens of the outer products of the full expert's activations.
+
+    Returns:
+        The new columns, [H, kept], and three sums of squares over tokens: of the full output, and of its error
+        without refit and with it.
+    """
+    down_HW = down_HW.float()
+    dropped = torch.ones(down_HW.shape[1], dtype=torch.bool)
+    dropped[kept] = False
+    lost_HW = down_HW[:, dropped]
+    # New columns = old columns + correction, and the correction alone solves a ridge regression towards zero.
+    correction = ridge(gram_WW[kept][:, kept], gram_WW[kept][:, dropped] @ lost_HW.T).T
+    squares = [square(down_HW, gram_WW), square(lost_HW, gram_WW[dropped][:, dropped])]
+    error_HW = torch.zeros_like(down_HW)
+    error_HW[:, dropped] = lost_HW
+    error_HW[:, kept] = -correction
+    squares.append(square(error_HW, gram_WW))
+    if squares[2] > squares[1]:  # rounding, where there is nothing to gain
+        return down_HW[:, kept], torch.stack([*squares[:2], squares[1]])
+    return down_HW[:, kept] + correction, torch.stack(squares)
+
+
+def square(matrix_HW: torch.Tensor, gram_WW: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of ||matrix a||^2."""
+    return ((matrix_HW @ gram_WW) * matrix_HW).sum(dtype=torch.float64).clamp(min=0)
+
+
+def ridge(gram: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Solve (gram + ridge) x = moments."""
+    damped = gram.clone()
+    damped.diagonal().add_(_RIDGE * gram.diagonal().mean() if gram.any() else 1.0)
+    return torch.cholesky_solve(moments, torch.linalg.cholesky(damped))
+
+
+def linear_rows(gram_HH: torch.Tensor, moments_HE: torch.Tensor, tokens: int) -> torch.Tensor:
+    """
+    Router rows [E, H] whose logits predict targets by least squares, scaled so that logits vary by 1 over tokens.
+    What all targets share is taken out: a softmax does not see it.
+
+    Args:
+        gram_HH (`torch.Tensor`): Sum over tokens of the outer products of the inputs.
+        moments_HE (`torch.Tensor`): Sum over tokens of inputs times targets.
+        tokens (`int`): Number of tokens.
+    """
+    rows_EH = ridge(gram_HH, moments_HE - moments_HE.mean(1, keepdim=True)).T
+    variance = ((rows_EH @ gram_HH) * rows_EH).sum(1).mean() / tokens
+    return rows_EH / variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def cluster(points: torch.Tensor, capacities: list[int], generator: torch.Generator, rounds: int = 20) -> torch.Tensor:
+    """
+    [N] cluster of each point of `points` [N, H], by k-means in which a cluster takes no more points than its capacity;
+    capacities add up to at least N.
+    """
+    centroids = points[torch.randperm(len(points), generator=generator)[: len(capacities)]].clone()
+    for _ in range(rounds):
+        assigned_N = _assign(torch.cdist(points, centroids), capacities)
+        for c in assigned_N.unique():
+            centroids[c] = points[assigned_N == c].mean(0)
+    return assigned_N
+
+
+def _assign(distances_NC: torch.Tensor, capacities: list[int]) -> torch.Tensor:
+    """[N] nearest cluster that has room; where a cluster has too many takers, the nearest are taken."""
+    assigned_N = torch.full((len(distances_NC),), -1)
+    room_C = torch.tensor(capacities)
+    open_NC = distances_NC.clone()
+    open_NC[:, room_C == 0] = float("inf")
+    while (left := (assigned_N < 0).nonzero().flatten()).numel():
+        distance, wish = open_NC[left].min(1)
+        for c in wish.unique():
+            takers = left[wish == c]
+            takers = takers[distance[wish == c].argsort(stable=True)[: room_C[c]]]
+            assigned_N[takers] = c
+            room_C[c] -= len(takers)
+            if room_C[c] == 0:
+                open_NC[:, c] = float("inf")
+    return assigned_N

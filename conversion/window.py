@@ -1,0 +1,103 @@
+"""One layer of a model at a time, run by transformers' own class of that model."""
+
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from .architectures import Architecture
+
+
+class ComputeInFloat32(TorchFunctionMode):
+    """Lets half-precision weights work on float32 activations, one matrix at a time, so that they need not be copied."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            args = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+def layer_window(
+    architecture: Architecture, layer: int, tensors: dict[str, torch.Tensor], norm: torch.Tensor | None, device: str
+) -> nn.Module:
+    """
+    The decoder of a model whose only layer is `layer`; it takes `inputs_embeds`.
+
+    Args:
+        architecture ([`Architecture`]): Architecture of the whole model.
+        layer (`int`): Number of the layer.
+        tensors (`dict[str, torch.Tensor]`): Tensors of the layer, by their names inside it.
+        norm (`torch.Tensor`, *optional*): Weight of the model's final norm, to be applied after the layer.
+        device (`str`): Where to compute.
+    """
+    config = architecture.layer_config(layer)
+    config._experts_implementation = "eager"  # works on one expert at a time
+    dummy = torch.zeros(1, config.hidden_size)
+    state = {f"model.layers.0.{name}": tensor for name, tensor in tensors.items()}
+    state |= {"model.embed_tokens.weight": dummy, "model.norm.weight": dummy[0] if norm is None else norm}
+    if not config.tie_word_embeddings:
+        state["lm_head.weight"] = dummy
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    assert not any(info.values()), info
+    decoder = model.model.to(device).eval()
+    for parameter in decoder.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.nbytes:  # a view would keep the whole file in memory
+            parameter.data = parameter.data.clone()
+    if norm is None:
+        decoder.norm = nn.Identity()
+    return decoder
+
+
+@contextmanager
+def _quiet():
+    """Without the progress bar and messages of loading a model."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class Stream:
+    """
+    Hidden states between layers, kept in files so that memory does not grow with the number of tokens.
+
+    Args:
+        folder (`Path`): Folder for the files.
+        kind (`str`): Name of the model whose states these are.
+    """
+
+    def __init__(self, folder: Path, kind: str):
+        self.folder, self.kind = folder, kind
+
+    def _path(self, layer: int, batch: int) -> Path:
+        return self.folder / f"{self.kind}-{layer}-{batch}.safetensors"
+
+    def load(self, layer: int, batch: int) -> torch.Tensor:
+        """[b, S, H] states that enter `layer`."""
+        return load_file(self._path(layer, batch))["states"]
+
+    def save(self, layer: int, batch: int, states: torch.Tensor):
+        """Keep the states that enter `layer`."""
+        save_file({"states": states.float().cpu().contiguous()}, self._path(layer, batch))
+
+    def drop(self, layer: int):
+        """Remove the states that enter `layer`."""
+        for path in self.folder.glob(f"{self.kind}-{layer}-*.safetensors"):
+            path.unlink()
