@@ -1,6 +1,6 @@
 """Conversion of dense and homogeneous checkpoints into expert groups."""
 
-from .convert import Plan, convert, make_plan
+from .pipeline import Plan, convert, make_plan
 from .recipe import Recipe, load_recipe
 
 

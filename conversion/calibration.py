@@ -14,7 +14,7 @@ from .recipe import Recipe
 
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT = 8
-_RANDOM = (2, 128)
+_RANDOM = (2, 32)
 
 
 class Tokens(NamedTuple):

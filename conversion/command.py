@@ -4,7 +4,7 @@ import argparse
 from dataclasses import fields
 from typing import get_args
 
-from .convert import convert, make_plan
+from .pipeline import convert, make_plan
 from .receipt import summary
 from .recipe import Mode, Recipe, Router, load_recipe
 

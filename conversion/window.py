@@ -16,7 +16,7 @@ from .architectures import Architecture
 
 
 class ComputeInFloat32(TorchFunctionMode):
-    """Lets half-precision weights work on float32 activations, one matrix at a time, so that they need not be copied."""
+    """Lets half-precision weights work on float32 activations, one matrix at a time instead of in a copied model."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.linear:

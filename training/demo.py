@@ -2,15 +2,12 @@
 
 import itertools
 import math
-import random
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +20,7 @@ from transformers import (
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 
+from .corpus import standard_library_texts, token_blocks, train_tokenizer
 from .report import evaluate_routing, format_router_table, write_report
 from .trainer import MoHGETrainer
 
@@ -32,7 +30,6 @@ BLOCK = 256
 BATCH = 8
 """Sequences of a training step."""
 VOCABULARY = 4096
-CORPUS_CHARACTERS = 5_000_000
 PROMPT = "def read_file(path):\n"
 
 # Each paper's losses. Coefficients of the two-level router are larger than the paper's 1e-5 and 5e-3, which are for
@@ -89,10 +86,10 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     started = time.perf_counter()
     set_seed(seed)
 
-    training_files, held_out_files = _corpus()
+    training_files, held_out_files = standard_library_texts()
     print(f"text: {len(training_files)} files to train on, {len(held_out_files)} held out", flush=True)
-    tokenizer = _train_tokenizer(training_files)
-    training_set, held_out_set = (_blocks(files, tokenizer) for files in (training_files, held_out_files))
+    tokenizer = train_tokenizer(training_files, VOCABULARY)
+    training_set, held_out_set = (token_blocks(files, tokenizer, BLOCK) for files in (training_files, held_out_files))
     print(f"tokens: {len(training_set) * BLOCK:,} to train on, {len(held_out_set) * BLOCK:,} held out")
 
     model = MoHGEForCausalLM(_config(router, tokenizer))
@@ -148,50 +145,6 @@ def _free_path(output: str | None, default: str) -> Path:
 def _perplexity(trainer: MoHGETrainer) -> float:
     loss = trainer.evaluate()["eval_loss"]
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def _corpus() -> tuple[list[str], list[str]]:
-    """Texts of the standard library: sources, with their docstrings, and the language reference of `pydoc`. Every
-    20th file is held out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
-    random.Random(0).shuffle(paths)
-    paths.sort(key=lambda path: path.parent.name != "pydoc_data")  # prose first, whatever the limit cuts off
-    texts, characters = [], 0
-    for path in paths:
-        if characters >= CORPUS_CHARACTERS:
-            break
-        text = path.read_text(encoding="utf-8", errors="replace")
-        texts.append(text)
-        characters += len(text)
-    if characters < 100_000:
-        raise FileNotFoundError(f"{root} has no Python sources to train on: run the demo with a full Python")
-    held_out = texts[10::20]
-    return [text for i, text in enumerate(texts) if i % 20 != 10], held_out
-
-
-def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-
-
-def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Dataset:
-    """Files joined by end-of-sequence tokens and cut into blocks of `BLOCK` tokens."""
-    tokens = list(
-        itertools.chain.from_iterable([*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"])
-    )
-    blocks = [tokens[i : i + BLOCK] for i in range(0, len(tokens) - BLOCK + 1, BLOCK)]
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
 def _config(router: str, tokenizer: PreTrainedTokenizerFast) -> MoHGEConfig:

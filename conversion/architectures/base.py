@@ -192,11 +192,11 @@ class Architecture:
 
     def write_layer(self, layer: int, weights: LayerWeights) -> dict[str, torch.Tensor]:
         """The tensors of a layer by their names inside it, in memory of their own; the inverse of `read_layer`."""
-        tensors = {self.renamed.get(name, name): tensor.clone() for name, tensor in weights.tensors.items()}
+        tensors = {self.renamed.get(name, name): own(tensor) for name, tensor in weights.tensors.items()}
         if weights.expert is not None:
             for number in range(self.experts.count):
                 for pattern, matrix in zip(self.expert_names, weights.expert(number), strict=True):
-                    tensors[pattern.format(expert=number)] = matrix.contiguous().clone()
+                    tensors[pattern.format(expert=number)] = own(matrix)
         return tensors
 
     def __init_subclass__(cls, **kwargs):
@@ -206,3 +206,8 @@ class Architecture:
 
 ARCHITECTURES: dict[str, type[Architecture]] = {}
 """Every architecture by its `model_type`; a subclass of [`Architecture`] enters itself."""
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy, which does not keep the file or tensor it was cut from in memory."""
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -6,7 +6,7 @@ import torch
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 
-from .base import Architecture, Expert, LayerWeights
+from .base import Architecture, Expert, LayerWeights, own
 
 
 class MoHGE(Architecture):
@@ -48,7 +48,7 @@ class MoHGE(Architecture):
         return LayerWeights({name: read(name) for name in others}, expert if len(others) < len(names) else None)
 
     def write_layer(self, layer: int, weights: LayerWeights) -> dict[str, torch.Tensor]:
-        tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+        tensors = {name: own(tensor) for name, tensor in weights.tensors.items()}
         if weights.expert is None:
             return tensors
         config = self.config.per_layer_config[layer]

@@ -7,7 +7,7 @@ import torch
 from mohge import MoHGEConfig
 from mohge.routing_mohge import MoHGERouter
 
-from ..architectures import Expert, LayerWeights, MoHGE
+from ..architectures import LayerWeights, MoHGE
 from ..statistics import cluster, linear_rows, observe_dense, ridge, square
 from .base import Converted, Layer, Mode, Run, slice_neurons
 from .dense import shared_expert, take_feed_forward
