@@ -64,7 +64,8 @@ class Checkpoint:
         for file in self._file_names():
             try:
                 with safe_open(folder / file, "pt") as handle:
-                    for name in handle.keys():
+                    names = handle.keys()
+                    for name in names:
                         view = handle.get_slice(name)
                         self.files[name] = file
                         self.shapes[name] = tuple(view.get_shape())
@@ -179,7 +180,8 @@ class Staging:
             save_file(make(), temporary, metadata={"format": "pt"})
             os.replace(temporary, path)
         with safe_open(path, "pt") as handle:
-            for tensor in handle.keys():
+            names = handle.keys()
+            for tensor in names:
                 self.weight_map[tensor] = name
                 self.size += handle.get_tensor(tensor).nbytes
 

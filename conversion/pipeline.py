@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .loading import make_architecture, read_config
 from .modes import MODES, Converted, Layer, Mode
 from .receipt import LogitComparison, judge, model_card
 from .recipe import Recipe
-from .window import ComputeInFloat32, Stream, layer_window
+from .window import Stream, layer_window
 
 
 _BATCH_TOKENS = 4096
@@ -191,17 +191,19 @@ class _Conversion:
                 if batch >= self.fitted:
                     self.target_stream.save(0, batch, states)
 
-    def _window(self, number: int, architecture: Architecture, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    @contextmanager
+    def _window(self, number: int, architecture: Architecture, state: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
         norm = None
         if number == self.layers - 1:
             with self.plan.checkpoint.open() as read:
                 norm = read(_NORM).clone()
-        return layer_window(architecture, number, tensors, norm, self.device)
+        with layer_window(architecture, number, state, norm, self.device) as decoder:
+            yield decoder
 
-    def _source_window(self, number: int) -> nn.Module:
+    def _source_state(self, number: int) -> dict[str, torch.Tensor]:
+        prefix = f"model.layers.{number}."
         with self.plan.checkpoint.open() as read:
-            tensors = {name: read(f"model.layers.{number}.{name}") for name in self._names(number)}
-            return self._window(number, self.plan.source, tensors)
+            return self.plan.source.module_state(number, lambda name: read(prefix + name), self._names(number))
 
     def _names(self, number: int) -> list[str]:
         prefix = f"model.layers.{number}."
@@ -247,20 +249,18 @@ class _Conversion:
         """Run a layer of the source: what the mode makes of it, and input and output of the feed-forward for each
         batch held out."""
         number, stream, probes = layer.number, self.source_stream, []
-        decoder = self._source_window(number)
-        ran = False
+        statistics, ran = None, False
+        with self._window(number, self.plan.source, self._source_state(number)) as decoder:
 
-        def run(observing: Callable[[nn.Module], AbstractContextManager] = nullcontext):
-            nonlocal ran
-            with observing(decoder):
-                for batch in tqdm(range(self.fitted), "calibration", leave=False, disable=not self.progress):
-                    states = self._forward(decoder, stream.load(number, batch))
-                    if not ran:
-                        stream.save(number + 1, batch, states)
-            ran = True
+            def run(observing: Callable[[nn.Module], AbstractContextManager] = nullcontext):
+                nonlocal ran
+                with observing(decoder):
+                    for batch in tqdm(range(self.fitted), "calibration", leave=False, disable=not self.progress):
+                        states = self._forward(decoder, stream.load(number, batch))
+                        if not ran:
+                            stream.save(number + 1, batch, states)
+                ran = True
 
-        with torch.no_grad(), ComputeInFloat32():
-            statistics = None
             with self.plan.checkpoint.open() as read:
                 weights = self._read_layer(number, read)
                 if self._changes(weights):
@@ -278,27 +278,27 @@ class _Conversion:
     def _check(self, number: int, tensors: dict[str, torch.Tensor], probes: list) -> dict:
         """Run a layer of the result: its error where the source's feed-forward had the same input, and the experts
         that no token came to."""
-        stream = self.target_stream
-        decoder = self._window(number, self.plan.target, tensors)
-        feed_forward = decoder.layers[0].mlp
-        chosen = []
-        with torch.no_grad(), ComputeInFloat32():
+        target, stream, chosen = self.plan.target, self.target_stream, []
+        state = target.module_state(number, tensors.__getitem__, list(tensors))
+        with self._window(number, target, state) as decoder:
+            feed_forward = decoder.layers[0].mlp
             missed = sum(
                 (feed_forward(x.to(self.device)).cpu() - y).square().sum(dtype=torch.float64) for x, y in probes
             )
-            if hasattr(feed_forward, "gate"):
+            routed = hasattr(feed_forward, "gate")
+            if routed:
                 feed_forward.gate.register_forward_hook(
                     lambda module, args, output: chosen.append(output[2].flatten())
                 )
             for batch in range(self.fitted, len(self.batches)):
                 stream.save(number + 1, batch, self._forward(decoder, stream.load(number, batch)))
+            experts = feed_forward.experts.num_experts if routed else 0
         whole = sum(y.square().sum(dtype=torch.float64) for _, y in probes)
-        dead = []
-        if chosen:
-            experts = feed_forward.experts.num_experts
-            counts = torch.cat(chosen).bincount(minlength=experts)[:experts]
-            dead = (counts == 0).nonzero().flatten().tolist()
-        return {"relative_error": math.sqrt(missed / whole) if whole else 0.0, "dead_experts": dead}
+        counts = torch.cat(chosen).bincount(minlength=experts)[:experts] if routed else torch.empty(0)
+        return {
+            "relative_error": math.sqrt(missed / whole) if whole else 0.0,
+            "dead_experts": (counts == 0).nonzero().flatten().tolist(),
+        }
 
     def _difficulty(self) -> torch.Tensor:
         """[T] loss of the source at each calibration token; where no token follows, the mean."""
@@ -307,9 +307,8 @@ class _Conversion:
             return load_file(path)["losses"]
         stream = Stream(self.staging.scratch, "plain")
         for number in tqdm(range(self.layers), "difficulty of tokens", disable=not self.progress):
-            decoder = self._source_window(number)
             before = stream if number else self.source_stream
-            with torch.no_grad(), ComputeInFloat32():
+            with self._window(number, self.plan.source, self._source_state(number)) as decoder:
                 for batch in range(self.fitted):
                     stream.save(number + 1, batch, self._forward(decoder, before.load(number, batch)))
             stream.drop(number)

@@ -122,14 +122,15 @@ def observe_experts(decoder: nn.Module, statistics: ExpertStatistics) -> Iterato
             output.index_add_(0, token_idx, result)
         return output
 
-    config = decoder.config
+    config, name = decoder.config, "mohge_statistics"
     before = config._experts_implementation
-    ALL_EXPERTS_FUNCTIONS.register("mohge_statistics", forward)
-    config._experts_implementation = "mohge_statistics"
+    ALL_EXPERTS_FUNCTIONS[name] = forward
+    config._experts_implementation = name
     try:
         yield
     finally:
         config._experts_implementation = before
+        del ALL_EXPERTS_FUNCTIONS[name]
 
 
 def important_neurons(activation_W: torch.Tensor, down_HW: torch.Tensor, count: int) -> torch.Tensor:

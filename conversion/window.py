@@ -1,5 +1,6 @@
 """One layer of a model at a time, run by transformers' own class of that model."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -24,40 +25,49 @@ class ComputeInFloat32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
 def layer_window(
-    architecture: Architecture, layer: int, tensors: dict[str, torch.Tensor], norm: torch.Tensor | None, device: str
-) -> nn.Module:
+    architecture: Architecture, layer: int, state: dict[str, torch.Tensor], norm: torch.Tensor | None, device: str
+) -> Iterator[nn.Module]:
     """
-    The decoder of a model whose only layer is `layer`; it takes `inputs_embeds`.
+    The decoder of a model whose only layer is `layer`; it takes `inputs_embeds` and computes in float32. Its weights
+    are gone after the context.
 
     Args:
         architecture ([`Architecture`]): Architecture of the whole model.
         layer (`int`): Number of the layer.
-        tensors (`dict[str, torch.Tensor]`): Tensors of the layer, by their names inside it.
+        state (`dict[str, torch.Tensor]`): Tensors of the layer, from `Architecture.module_state`; emptied.
         norm (`torch.Tensor`, *optional*): Weight of the model's final norm, to be applied after the layer.
         device (`str`): Where to compute.
     """
     config = architecture.layer_config(layer)
     config._experts_implementation = "eager"  # works on one expert at a time
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     dummy = torch.zeros(1, config.hidden_size)
-    state = {f"model.layers.0.{name}": tensor for name, tensor in tensors.items()}
-    state |= {"model.embed_tokens.weight": dummy, "model.norm.weight": dummy[0] if norm is None else norm}
+    weights = {f"model.layers.0.{name}": tensor for name, tensor in state.items()}
+    weights |= {"model.embed_tokens.weight": dummy, "model.norm.weight": dummy[0] if norm is None else norm}
     if not config.tie_word_embeddings:
-        state["lm_head.weight"] = dummy
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+        weights["lm_head.weight"] = dummy
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     with _quiet():
         model, info = model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     assert not any(info.values()), info
     decoder = model.model.to(device).eval()
     for parameter in decoder.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:  # a view would keep the whole file in memory
             parameter.data = parameter.data.clone()
+    weights.clear()
+    state.clear()
     if norm is None:
         decoder.norm = nn.Identity()
-    return decoder
+    try:
+        with torch.no_grad(), ComputeInFloat32():
+            yield decoder
+    finally:
+        for parameter in decoder.parameters():  # modules refer to each other: only the garbage collector frees them
+            parameter.data = parameter.data.new_empty(0)
 
 
 @contextmanager

@@ -190,6 +190,21 @@ class Architecture:
 
         return LayerWeights(tensors, expert if len(others) < len(names) else None)
 
+    def module_state(
+        self, layer: int, read: Callable[[str], torch.Tensor], names: list[str]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a layer as the module of transformers has them, with experts in stacks. Arguments are those
+        of `read_layer`. (transformers would stack them on loading, and take the memory of a layer more.)"""
+        tensors, expert = self.read_layer(layer, read, names)
+        if expert is None:
+            return tensors
+        layout, first = self.experts, expert(0)
+        gate_up = first.gate.new_empty(layout.count, 2 * layout.width, self.config.hidden_size)
+        down = first.gate.new_empty(layout.count, self.config.hidden_size, layout.width)
+        for number in range(layout.count):
+            gate_up[number, : layout.width], gate_up[number, layout.width :], down[number] = expert(number)
+        return {**tensors, "mlp.experts.gate_up_proj": gate_up, "mlp.experts.down_proj": down}
+
     def write_layer(self, layer: int, weights: LayerWeights) -> dict[str, torch.Tensor]:
         """The tensors of a layer by their names inside it, in memory of their own; the inverse of `read_layer`."""
         tensors = {self.renamed.get(name, name): own(tensor) for name, tensor in weights.tensors.items()}

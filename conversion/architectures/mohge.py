@@ -47,6 +47,11 @@ class MoHGE(Architecture):
 
         return LayerWeights({name: read(name) for name in others}, expert if len(others) < len(names) else None)
 
+    def module_state(
+        self, layer: int, read: Callable[[str], torch.Tensor], names: list[str]
+    ) -> dict[str, torch.Tensor]:
+        return {name: read(name) for name in names}
+
     def write_layer(self, layer: int, weights: LayerWeights) -> dict[str, torch.Tensor]:
         tensors = {name: own(tensor) for name, tensor in weights.tensors.items()}
         if weights.expert is None:

@@ -177,8 +177,8 @@ class Residual(Copy):
 
 class Shards(Mode):
     """The feed-forward is cut into one shard for each group, and each group holds copies of its shard: virtual groups
-    (https://huggingface.co/papers/2410.07524) with shards of different width. A token takes one expert of each group at
-    weight 1 / G; the down projection alone makes up for that."""
+    (https://huggingface.co/papers/2410.07524) with shards of different width. A token takes one expert of each group
+    at weight 1 / G; the down projection alone makes up for that."""
 
     name = "shards"
     takes = "dense"
