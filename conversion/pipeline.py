@@ -70,7 +70,7 @@ class Plan:
             "weights to be written": f"{self.size:,} bytes",
         }
         config = self.target.equivalent()
-        if config.sparse_layers:
+        if config.sparse_layers and not config.is_heterogeneous:
             groups = zip(config.expert_counts, config.moe_intermediate_sizes, strict=True)
             lines["expert groups"] = ", ".join(f"{count} of width {width}" for count, width in groups)
         return "\n".join(f"{name:<22}  {value}" for name, value in lines.items())
@@ -85,6 +85,10 @@ def make_plan(recipe: Recipe) -> Plan:
     """
     if Path(recipe.output).exists():
         raise ValueError(f"`output` {recipe.output} exists: name another folder, or remove it first")
+    try:
+        torch.zeros(1, device=recipe.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"`device` {recipe.device} cannot be used here ({error}): use cpu or cuda") from error
     folder, revision = find_source(recipe.source, recipe.revision)
     fields = read_config(folder)
     mode = MODES[recipe.mode](recipe, make_architecture(fields))
@@ -384,7 +388,11 @@ class _Conversion:
     def _write_config(self, folder: Path):
         plan, config = self.plan, self.plan.target.config
         if not isinstance(plan.target, MoHGE):
-            write_file(folder / "config.json", json.dumps(plan.source.config.source_config, indent=2) + "\n")
+            fields = dict(plan.source.config.source_config)
+            if config.dtype != plan.source.config.dtype:  # it has been trained in another one since
+                fields.pop("torch_dtype", None)
+                fields["dtype"] = str(plan.source.config.dtype).removeprefix("torch.")
+            write_file(folder / "config.json", json.dumps(fields, indent=2) + "\n")
             return
         if not isinstance(plan.source, MoHGE):
             config.source_config = plan.fields

@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mohge {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nmohge {options.command}: interrupted, nothing was written", file=sys.stderr)
+        left = "the same command goes on from here" if options.command == "convert" else "nothing was written"
+        print(f"\nmohge {options.command}: interrupted, {left}", file=sys.stderr)
         return 1
 
 

@@ -68,6 +68,8 @@ class Mode:
         for option in sorted(every_option - self.options):
             if getattr(recipe, option) not in (None, False):
                 raise ValueError(f"`{option}` does not apply to mode {self.name}: leave it out")
+        if kind != "dense" and not source.equivalent().sparse_layers:
+            source.refuse("all of its layers are dense")
         self.target = self.make_target()
         if self.needs_calibration and recipe.calibration is None:
             raise ValueError(f"mode {self.name} needs `calibration` {self.needs_calibration}: name a data set")

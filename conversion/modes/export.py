@@ -2,9 +2,14 @@
 
 from mohge import MoHGEConfig
 
-from ..architectures import ARCHITECTURES, Architecture, Expert, LayerWeights, MoHGE
+from ..architectures import Architecture, Expert, LayerWeights, MoHGE
 from ..loading import make_architecture
 from .base import Converted, Layer, Mode, widen
+
+
+_FREE = {"moe_intermediate_sizes", "num_experts_per_group", "num_groups_per_tok"}
+_FREE |= {"dtype", "use_cache", "attention_dropout", "initializer_range"}
+"""Fields that may differ from the source's: how experts are grouped, and what matters in training only."""
 
 
 class Export(Mode):
@@ -25,35 +30,37 @@ class Export(Mode):
     def _padded(self) -> MoHGE:
         config = self.source.config
         width = max(max(layer.moe_intermediate_sizes) for layer in config.sparse_layers)
-        fields = {name: getattr(config, name) for name in MoHGEConfig.__annotations__}
-        fields["moe_intermediate_sizes"] = [width] * config.num_groups
-        if config.is_heterogeneous:
-            raise ValueError("`pad` works on models whose layers are all alike, and this one has `per_layer_config`")
-        return MoHGE(MoHGEConfig(**fields, dtype=config.dtype))
+
+        def padded(fields: dict) -> dict:
+            given = fields.get("moe_intermediate_sizes", [])
+            return fields | ({"moe_intermediate_sizes": [width] * len(given)} if given else {})
+
+        fields = padded(config.to_dict())
+        layers = fields.get("per_layer_config") or {}
+        fields["per_layer_config"] = {layer: padded(entry) for layer, entry in layers.items()} or None
+        return MoHGE(MoHGEConfig.from_dict(fields))
 
     def _source(self) -> Architecture:
         config = self.source.config
         fields = getattr(config, "source_config", None)
-        if not isinstance(fields, dict) or fields.get("model_type") not in ARCHITECTURES:
-            raise ValueError(
-                "mode export goes back to a source that `regroup` came from, and this model has none: use `pad`"
-            )
+        if not isinstance(fields, dict):
+            raise ValueError("mode export goes back to the source of a `regroup`, and this model has none: use `pad`")
         target = make_architecture(fields)
-        if target.experts is None:
-            raise ValueError(f"mode export cannot make a dense {target.model_type} model of experts: use `pad`")
-        groups = {"moe_intermediate_sizes", "num_experts_per_group", "num_groups_per_tok"}
-        wanted = MoHGEConfig(**target.backbone(), **target.mixture([target.experts.width], target.experts.count))
-        routes_flat = config.num_groups_per_tok == config.num_groups and config.num_experts == wanted.num_experts
-        for name in target.backbone().keys() | target.mixture([1], 1).keys() - groups:
-            if name != "dtype" and getattr(config, name) != getattr(wanted, name):
+        if target.experts is None or config.is_heterogeneous:
+            raise ValueError(f"mode export cannot make these experts a {target.model_type} model: use `pad`")
+        wanted = target.equivalent()
+        names = target.backbone().keys() | target.mixture([1], 1).keys()
+        for name in sorted(names - _FREE):
+            if getattr(config, name) != getattr(wanted, name):
                 raise ValueError(
                     f"mode export cannot go back to {target.model_type}: `{name}` is {getattr(config, name)}, and was "
-                    f"{getattr(wanted, name)} in the source. Use `pad`"
+                    f"{getattr(wanted, name)} in the source. Set it back, or use `pad`"
                 )
-        if set(config.expert_widths) != set(wanted.expert_widths) or not routes_flat or config.is_heterogeneous:
+        routes_flat = config.num_groups_per_tok == config.num_groups
+        if not routes_flat or sorted(config.expert_widths) != sorted(wanted.expert_widths):
             raise ValueError(
-                f"mode export cannot go back to {target.model_type}, whose experts are {wanted.num_experts} of width "
-                f"{target.experts.width} in one group: use `pad`"
+                f"mode export cannot go back to {target.model_type}, which chooses among all of {wanted.num_experts} "
+                f"experts of width {target.experts.width}: use `pad`"
             )
         return target
 
