@@ -9,12 +9,12 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from .architectures import Architecture
 from .recipe import Recipe
 
 
 _FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT = 8
-_RANDOM = (2, 32)
 
 
 class Tokens(NamedTuple):
@@ -28,11 +28,13 @@ class Tokens(NamedTuple):
     """Whether they are text, not random."""
 
 
-def random_tokens(config: PreTrainedConfig, seed: int) -> Tokens:
-    """Tokens for a check where no text is given."""
-    count, length = _RANDOM[0], min(_RANDOM[1], config.max_position_embeddings)
+def random_tokens(architecture: Architecture, seed: int) -> Tokens:
+    """Tokens for a check where no text is given: two sequences, in which an expert is chosen 8 times on average."""
+    config, layout = architecture.config, architecture.experts
+    length = 16 if layout is None else max(16, 4 * layout.count // layout.per_token)
+    size = (2, min(length, config.max_position_embeddings))
     generator = torch.Generator().manual_seed(seed)
-    return Tokens(torch.randint(config.vocab_size, (count, length), generator=generator), count, False)
+    return Tokens(torch.randint(config.vocab_size, size, generator=generator), size[0], False)
 
 
 def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig) -> Tokens:

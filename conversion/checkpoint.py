@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Thread
 
 import torch
 from filelock import FileLock, Timeout
@@ -58,6 +59,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._ahead: set[str] = set()
         self.files: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -114,6 +116,15 @@ class Checkpoint:
             if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
                 raise ValueError(f"{name} in {self.folder} is not known here and would be lost: remove it first")
 
+    def _read_ahead(self, file: str):
+        """Bring a file, and the one after it, into the system's cache in the background: page by page, as views touch
+        it, a disk is slow."""
+        order = sorted(set(self.files.values()))
+        for ahead in order[order.index(file) :][:2]:
+            if ahead not in self._ahead:
+                self._ahead.add(ahead)
+                Thread(target=_read_through, args=(self.folder / ahead,), daemon=True).start()
+
     @contextmanager
     def open(self):
         """Within this context, a function that brings a tensor by its name, as a view of the file."""
@@ -123,10 +134,18 @@ class Checkpoint:
             def read(name: str) -> torch.Tensor:
                 file = self.files[name]
                 if file not in handles:
+                    self._read_ahead(file)
                     handles[file] = stack.enter_context(safe_open(self.folder / file, "pt"))
                 return handles[file].get_tensor(name)
 
             yield read
+
+
+def _read_through(path: Path):
+    buffer = bytearray(2**22)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 class Staging:
@@ -178,6 +197,10 @@ class Staging:
         if not path.exists():
             temporary = self.scratch / name
             save_file(make(), temporary, metadata={"format": "pt"})
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+                if hasattr(os, "posix_fadvise"):  # leave the system's cache to what is still to be read
+                    os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(temporary, path)
         with safe_open(path, "pt") as handle:
             names = handle.keys()

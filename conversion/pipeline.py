@@ -47,6 +47,8 @@ class Plan:
     mode: Mode
     before: ParameterCounts
     after: ParameterCounts
+    shapes: dict[str, torch.Size]
+    """Shape of every tensor of the source."""
     size: int
     """Bytes of weights to be written."""
 
@@ -93,11 +95,12 @@ def make_plan(recipe: Recipe) -> Plan:
     fields = read_config(folder)
     mode = MODES[recipe.mode](recipe, make_architecture(fields))
     checkpoint = Checkpoint(folder)
-    checkpoint.check(mode.source.shapes())
+    shapes = mode.source.shapes()
+    checkpoint.check(shapes)
     item = min(dtype.itemsize for dtype in checkpoint.dtypes.values())
     size = item * sum(shape.numel() for shape in mode.target.shapes().values())
     before, after = (parameter_counts(architecture.equivalent()) for architecture in (mode.source, mode.target))
-    return Plan(recipe, folder, revision, fields, checkpoint, mode, before, after, size)
+    return Plan(recipe, folder, revision, fields, checkpoint, mode, before, after, shapes, size)
 
 
 def convert(plan: Plan, progress: bool = False) -> dict:
@@ -116,7 +119,7 @@ def convert(plan: Plan, progress: bool = False) -> dict:
     """
     config = plan.source.config
     if plan.recipe.calibration is None:
-        tokens = random_tokens(config, plan.recipe.seed)
+        tokens = random_tokens(plan.source, plan.recipe.seed)
     else:
         tokens = read_tokens(plan.recipe, plan.folder, config)
     staging = Staging(Path(plan.recipe.output), _identity(plan, tokens))
@@ -145,7 +148,6 @@ class _Conversion:
     def __init__(self, plan: Plan, tokens: Tokens, staging: Staging, progress: bool):
         self.plan, self.tokens, self.staging, self.progress = plan, tokens, staging, progress
         self.layers = plan.source.config.num_hidden_layers
-        self.shapes = plan.source.shapes()
         self.device = plan.recipe.device
         self.source_stream = Stream(staging.scratch, "source")
         self.target_stream = Stream(staging.scratch, "target")
@@ -211,20 +213,20 @@ class _Conversion:
 
     def _names(self, number: int) -> list[str]:
         prefix = f"model.layers.{number}."
-        return [name.removeprefix(prefix) for name in self.shapes if name.startswith(prefix)]
+        return [name.removeprefix(prefix) for name in self.plan.shapes if name.startswith(prefix)]
 
     def _forward(self, decoder: nn.Module, states: torch.Tensor) -> torch.Tensor:
         return decoder(inputs_embeds=states.to(self.device), use_cache=False).last_hidden_state
 
+    def layer(self, number: int, difficulty: torch.Tensor | None) -> Layer:
+        """What modes are told of a layer; its generator does not depend on other layers."""
+        generator = torch.Generator().manual_seed(self.plan.recipe.seed * 1_000_003 + number)
+        return Layer(number, generator, self.fitted_tokens, difficulty)
+
     def _layer(self, number: int, shards: int, difficulty: torch.Tensor | None) -> dict:
         """Convert a layer and write its shard; what the receipt says of it."""
         plan = self.plan
-        layer = Layer(
-            number,
-            torch.Generator().manual_seed(plan.recipe.seed * 1_000_003 + number),
-            self.fitted_tokens,
-            difficulty,
-        )
+        layer = self.layer(number, difficulty)
         statistics, probes = self._observe(layer)
         with plan.checkpoint.open() as read:
             weights = self._read_layer(number, read)
