@@ -1,6 +1,7 @@
 """Conversion of dense and homogeneous checkpoints into expert groups."""
 
-from .pipeline import Plan, convert, make_plan
+from .pipeline import convert
+from .plan import Plan, make_plan
 from .recipe import Recipe, load_recipe
 
 

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from .calibration import Tokens
 from .checkpoint import Staging
-from .pipeline import _Conversion, convert, make_plan
+from .pipeline import _Conversion, convert
+from .plan import make_plan
 from .recipe import Recipe, load_recipe
 
 
@@ -157,13 +158,14 @@ def _measure_calibration(folder: Path, options: argparse.Namespace):
             work = _Conversion(plan, tokens, staging, False)
             work._embed()
             for number in layers:
-                work._observe(work.layer(number, None))
+                work.observe(work.layer(number, None))
             batches = range(len(work.batches))
-            states = [work.source_stream.load(options.layers, batch) for batch in batches]
+            states = [work.source.load(options.layers, batch) for batch in batches]
             last[:] = [torch.cat(states)]
         finally:
             staging.close()
             shutil.rmtree(staging.folder)
+            shutil.rmtree(staging.scratch)
 
     plain()
     expected = torch.cat(last)

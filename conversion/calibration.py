@@ -13,8 +13,9 @@ from .architectures import Architecture
 from .recipe import Recipe
 
 
-_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT = 8
+_PIECE = 2**20
 
 
 class Tokens(NamedTuple):
@@ -37,26 +38,16 @@ def random_tokens(architecture: Architecture, seed: int) -> Tokens:
     return Tokens(torch.randint(config.vocab_size, size, generator=generator), size[0], False)
 
 
-def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig) -> Tokens:
+def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig, observed: bool) -> Tokens:
     """
     Tokenise `recipe.calibration` with the source's tokenizer: documents one after the other, each ended by the
-    end-of-sequence token, cut into blocks. A column `input_ids` is taken as it is.
+    end-of-sequence token, cut into blocks. A column `input_ids` is taken as it is. An eighth of the blocks is held
+    out, or all of them if no statistics will be taken (`observed`).
 
     Raises:
         ValueError: if the data cannot be read, has no text, or is too short.
     """
-    name, column = recipe.calibration, recipe.calibration_column
-    rows = _rows(recipe)
-    columns = next(rows, {}).keys()
-    if not columns:
-        raise ValueError(f"`calibration` {name} has no text: give a data set with rows")
-    pretokenised = "input_ids" in columns
-    if not pretokenised and column not in columns:
-        raise ValueError(
-            f"`calibration` {name} has no column `{column}`: name the text column with `calibration_column`, one of "
-            f"{', '.join(columns)}"
-        )
-    tokenizer = None if pretokenised else _tokenizer(source)
+    name = recipe.calibration
     length = min(recipe.calibration_length, config.max_position_embeddings)
     wanted = recipe.calibration_tokens // length * length
     if wanted < 2 * length:
@@ -65,17 +56,12 @@ def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig) -> Token
             f"`calibration_length` ({length}): raise it, or shorten the sequences"
         )
     ids: list[int] = []
-    for row in _rows(recipe):
-        if pretokenised:
-            ids.extend(row["input_ids"])
-        elif row[column] and row[column].strip():
-            ids.extend(tokenizer(row[column], verbose=False)["input_ids"])
-            if tokenizer.eos_token_id is not None:
-                ids.append(tokenizer.eos_token_id)
+    for document in _documents(recipe, source):
+        ids.extend(document)
         if len(ids) >= wanted:
             break
     if not ids:
-        raise ValueError(f"`calibration` {name} has no text in its column `{column}`: give a data set with text")
+        raise ValueError(f"`calibration` {name} has no text in its column `{recipe.calibration_column}`: give text")
     if len(ids) < wanted:
         raise ValueError(
             f"`calibration` {name} has only {len(ids)} tokens, not {recipe.calibration_tokens}: give a longer one, or "
@@ -87,22 +73,66 @@ def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig) -> Token
             "source's own tokenizer"
         )
     blocks = torch.tensor(ids[:wanted]).view(-1, length)
-    return Tokens(blocks, max(1, len(blocks) // _HELD_OUT), True)
+    return Tokens(blocks, max(1, len(blocks) // _HELD_OUT) if observed else len(blocks), True)
+
+
+def _documents(recipe: Recipe, source: Path) -> Iterator[list[int]]:
+    """The tokens of each document, or piece of one."""
+    name, column = recipe.calibration, recipe.calibration_column
+    tokenizer = None
+    for row in _rows(recipe):
+        if "input_ids" in row:
+            ids = row["input_ids"]
+            if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+                raise ValueError(f"`calibration` {name} has rows whose `input_ids` is no list of numbers: mend it")
+            yield ids
+            continue
+        if column not in row:
+            raise ValueError(
+                f"`calibration` {name} has no column `{column}`: name the text column with `calibration_column`, one "
+                f"of {', '.join(row)}"
+            )
+        text = row[column]
+        if not isinstance(text, str | None):
+            raise ValueError(
+                f"`calibration` {name} has something else than text in its column `{column}`: name another"
+            )
+        if text and text.strip():
+            tokenizer = tokenizer or _tokenizer(source)
+            ends = not row.get("continues") and tokenizer.eos_token_id is not None
+            yield tokenizer(text, verbose=False)["input_ids"] + ([tokenizer.eos_token_id] if ends else [])
 
 
 def _rows(recipe: Recipe) -> Iterator[dict]:
     """The rows, read as they are needed: nothing is downloaded or cached as a whole."""
-    name, path = recipe.calibration, Path(recipe.calibration)
+    name, path, column = recipe.calibration, Path(recipe.calibration), recipe.calibration_column
     try:
-        options = {"split": recipe.calibration_split, "streaming": True}
+        files = [path] if path.suffix == ".txt" and path.is_file() else sorted(path.glob("*.txt"))
+        for file in files:
+            yield from ({column: text, "continues": continues} for text, continues in _pieces(file))
+        if files:
+            return
         if path.is_file():
             if path.suffix not in _FORMATS:
-                raise ValueError(f"its ending is {path.suffix or 'missing'}, not one of {', '.join(_FORMATS)}")
-            whole = {"sample_by": "document"} if path.suffix == ".txt" else {}
-            name, options = _FORMATS[path.suffix], options | whole | {"data_files": str(path)}
-        yield from load_dataset(name, **options)
+                raise ValueError(f"its ending is {path.suffix or 'missing'}, not one of .txt, {', '.join(_FORMATS)}")
+            rows = load_dataset(
+                _FORMATS[path.suffix], data_files=str(path), split=recipe.calibration_split, streaming=True
+            )
+        else:
+            rows = load_dataset(name, recipe.calibration_config, split=recipe.calibration_split, streaming=True)
+        yield from rows
     except (DatasetNotFoundError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`calibration` {recipe.calibration} cannot be read ({error})") from error
+        raise ValueError(f"`calibration` {name} cannot be read ({error})") from error
+
+
+def _pieces(file: Path) -> Iterator[tuple[str, bool]]:
+    """A text in pieces of whole lines, about a million characters each, and whether it goes on after the piece."""
+    with file.open(encoding="utf-8") as opened:
+        piece = "".join(opened.readlines(_PIECE))
+        while piece:
+            after = "".join(opened.readlines(_PIECE))
+            yield piece, bool(after)
+            piece = after
 
 
 def _tokenizer(source: Path):

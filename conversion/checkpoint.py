@@ -1,8 +1,10 @@
 """Checkpoints on disk: lazy reading of sharded safetensors, and writing that never leaves half a model."""
 
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,16 +18,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIDE_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 SIDE_FILES += ("chat_template*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*")
 """What is copied from a source as it is."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def find_source(source: str, revision: str | None) -> tuple[Path, str | None]:
+def read_config(folder: Path) -> dict:
     """
-    The folder of `source`, a local folder or a Hub id, and the commit if it came from the Hub.
+    The config.json of a checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no config.json that can be read ({error}): give a checkpoint") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{folder / 'config.json'} is no config: give a checkpoint")
+    return fields
+
+
+def find_source(source: str, revision: str | None, check: Callable[[dict], object]) -> tuple[Path, str | None, dict]:
+    """
+    The folder of `source`, a local folder or a Hub id, the commit if it came from the Hub, and its config.json. From
+    the Hub, weights are fetched after `check` has accepted the config.
 
     Raises:
         ValueError: if there is no such folder, and no such repository on the Hub or in its local cache.
@@ -34,16 +53,31 @@ def find_source(source: str, revision: str | None) -> tuple[Path, str | None]:
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"`revision` applies to a source on the Hub, and {source} is a folder: leave it out")
-        return path, None
+        fields = read_config(path)
+        check(fields)
+        return path, None, fields
     if path.exists() or source.count("/") > 1:
         raise ValueError(f"{source} is not a folder: give the folder of a checkpoint, or a Hub id such as org/name")
     try:
-        path = Path(
-            snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json", *SIDE_FILES])
-        )
+        path = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", INDEX, *SIDE_FILES]))
+        fields = read_config(path)
+        check(fields)
+        shards = _indexed(path / INDEX) if (path / INDEX).is_file() else [SINGLE]
+        snapshot_download(source, revision=path.name, allow_patterns=shards)
     except (OSError, HFValidationError) as error:
         raise ValueError(f"{source} is neither a folder nor a reachable Hub repository ({error})") from error
-    return path, path.name
+    return path, path.name, fields
+
+
+def _indexed(index: Path) -> list[str]:
+    """The shards that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("its weight_map does not name files")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors shards ({error}): fetch it again") from error
+    return names
 
 
 class Checkpoint:
@@ -59,11 +93,13 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.expected: list[str] = []
         self._ahead: set[str] = set()
         self.files: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for file in self._file_names():
+        self.order = self._file_names()
+        for file in self.order:
             try:
                 with safe_open(folder / file, "pt") as handle:
                     names = handle.keys()
@@ -82,26 +118,35 @@ class Checkpoint:
 
     def _file_names(self) -> list[str]:
         index = self.folder / INDEX
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
         if not index.is_file():
-            if (self.folder / "model.safetensors").is_file():
-                return ["model.safetensors"]
             reason = f"shards but no {INDEX}" if any(self.folder.glob("*.safetensors")) else "no safetensors weights"
             raise ValueError(f"{self.folder} has {reason}: give the folder of a complete checkpoint")
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors shards ({error}): fetch it again") from error
+        names = _indexed(index)
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise ValueError(f"{self.folder} lacks the shards {', '.join(missing)}: fetch them")
         return names
 
-    def check(self, expected: dict[str, torch.Size]):
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights."""
+        sizes = Counter()
+        for name, dtype in self.dtypes.items():
+            sizes[dtype] += math.prod(self.shapes[name])
+        return sizes.most_common(1)[0][0]
+
+    def check(self, expected: dict[str, torch.Size], tied: bool):
         """
-        Compare names and shapes of the tensors with those that the config asks for.
+        Compare the tensors with those that the config asks for.
+
+        Args:
+            expected (`dict[str, torch.Size]`): Shape of each tensor.
+            tied (`bool`): Whether the output projection is the embedding.
 
         Raises:
-            ValueError: naming the first tensor that is missing, of another shape, or would be dropped.
+            ValueError: naming the first tensor that is missing, of another shape, or would be lost.
         """
         for name, shape in expected.items():
             if name not in self.shapes:
@@ -111,16 +156,30 @@ class Checkpoint:
                     f"{name} in {self.folder} has shape {list(self.shapes[name])}, but its config.json asks for "
                     f"{list(shape)}: the two do not belong together"
                 )
-        for name in self.shapes.keys() - expected.keys():
-            # Tied projections and tables of old checkpoints carry no information of their own.
-            if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq"):
+        self.expected = list(expected)
+        for name in sorted(self.shapes.keys() - expected.keys()):
+            if name == "lm_head.weight" and tied:
+                with self.open() as read:
+                    if torch.equal(read(name), read("model.embed_tokens.weight")):
+                        continue
+                raise ValueError(
+                    f"{name} in {self.folder} differs from the embedding, but its config.json ties them: set "
+                    "`tie_word_embeddings` to false"
+                )
+            if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints have it; it follows from the config
                 raise ValueError(f"{name} in {self.folder} is not known here and would be lost: remove it first")
+        layers = {}
+        for name in expected:
+            if ".experts." in name:
+                layers.setdefault(name.split(".experts.")[0], set()).add(self.dtypes[name])
+        mixed = sorted(layer for layer, dtypes in layers.items() if len(dtypes) > 1)
+        if mixed:
+            raise ValueError(f"the experts of {mixed[0]} in {self.folder} have several dtypes: convert them to one")
 
     def _read_ahead(self, file: str):
         """Bring a file, and the one after it, into the system's cache in the background: page by page, as views touch
         it, a disk is slow."""
-        order = sorted(set(self.files.values()))
-        for ahead in order[order.index(file) :][:2]:
+        for ahead in self.order[self.order.index(file) :][:2]:
             if ahead not in self._ahead:
                 self._ahead.add(ahead)
                 Thread(target=_read_through, args=(self.folder / ahead,), daemon=True).start()
@@ -140,6 +199,14 @@ class Checkpoint:
 
             yield read
 
+    @contextmanager
+    def open_layer(self, number: int):
+        """Within this context, a function that brings a tensor of a layer by its name inside it, and those names."""
+        prefix = f"model.layers.{number}."
+        names = [name.removeprefix(prefix) for name in self.expected if name.startswith(prefix)]
+        with self.open() as read:
+            yield lambda name: read(prefix + name), names
+
 
 def _read_through(path: Path):
     buffer = bytearray(2**22)
@@ -150,7 +217,8 @@ def _read_through(path: Path):
 
 class Staging:
     """
-    The folder in which an output grows, `.OUT.partial` beside it, until it is complete.
+    The folder in which an output grows, `.OUT.partial` beside it, until it is complete. What else a run has to
+    remember is in `.OUT.scratch`, so that the output is there at once when its folder is given its name.
 
     Args:
         output (`Path`): Folder to create.
@@ -158,62 +226,83 @@ class Staging:
             it is the same.
 
     Raises:
-        ValueError: if another process is writing there, or work on another conversion was left.
+        ValueError: if `output` exists, another process is writing there, or work on another conversion was left.
     """
 
     def __init__(self, output: Path, identity: str):
         self.output = output
         self.folder = output.parent / f".{output.name}.partial"
-        self.scratch = self.folder / "scratch"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(output.parent / f".{output.name}.lock")
+        self.scratch = output.parent / f".{output.name}.scratch"
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.scratch / "lock")
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"another process is writing {output}: wait for it, or name another folder") from None
-        marker = self.scratch / "identity"
-        if not marker.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.scratch.mkdir(parents=True)
-            write_file(marker, identity)
-        elif marker.read_text(encoding="utf-8") != identity:
+        try:
+            self._claim(identity)
+        except ValueError:
             self.close()
-            raise ValueError(
-                f"{self.folder} holds an unfinished conversion of another source or recipe: finish that one with its "
-                "own command, or remove the folder"
-            )
+            raise
         self.weight_map: dict[str, str] = {}
         self.size = 0
 
+    def _claim(self, identity: str):
+        if self.output.exists():
+            raise ValueError(f"{self.output} exists: name another folder, or remove it first")
+        marker = self.scratch / "identity"
+        if not marker.exists() or not self.folder.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self.scratch.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+            self.folder.mkdir()
+            write_file(marker, identity)
+        elif marker.read_text(encoding="utf-8") != identity:
+            raise ValueError(
+                f"{self.folder} holds an unfinished conversion of another source or recipe: finish that one with its "
+                f"own command, or remove the folder"
+            )
+
     def close(self):
         """Let other processes write here."""
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        if not self.folder.exists():
+            shutil.rmtree(self.scratch, ignore_errors=True)
         self._lock.release()
 
     def add_shard(self, number: int, count: int, make: Callable[[], dict[str, torch.Tensor]]):
-        """Write shard `number` of `count`, unless an earlier run did; `make` brings its tensors."""
+        """Write shard `number` of `count`, unless that was done before; `make` brings its tensors."""
         name = f"model-{number:05}-of-{count:05}.safetensors"
         path = self.folder / name
         if not path.exists():
             temporary = self.scratch / name
-            save_file(make(), temporary, metadata={"format": "pt"})
+            try:
+                save_file(make(), temporary, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be written ({error})") from error
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
-                if hasattr(os, "posix_fadvise"):  # leave the system's cache to what is still to be read
-                    os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(temporary, path)
         with safe_open(path, "pt") as handle:
             names = handle.keys()
             for tensor in names:
-                self.weight_map[tensor] = name
-                self.size += handle.get_tensor(tensor).nbytes
+                if tensor not in self.weight_map:
+                    self.weight_map[tensor] = name
+                    self.size += handle.get_tensor(tensor).nbytes
 
-    def finish(self, write_config: Callable[[], None]):
-        """Write the index, then the config, without which nothing loads, and give the folder its name."""
+    def finish(self, write_config: Callable[[Path], None]):
+        """Write the index, give the folder the config, without which nothing loads, and at once its name."""
         index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
         write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
-        write_config()
-        shutil.rmtree(self.scratch)
+        prepared = self.scratch / "config"
+        prepared.mkdir(exist_ok=True)
+        write_config(prepared)
+        for path in prepared.iterdir():
+            if path.name != "config.json":
+                os.replace(path, self.folder / path.name)
+        os.replace(prepared / "config.json", self.folder / "config.json")
         self.folder.rename(self.output)
 
 

@@ -4,19 +4,25 @@ import argparse
 from dataclasses import fields
 from typing import get_args
 
-from .pipeline import convert, make_plan
+from .pipeline import convert
+from .plan import make_plan
 from .receipt import summary
 from .recipe import Mode, Recipe, Router, load_recipe
 
 
-def _numbers(text: str) -> int | list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    return numbers if "," in text else numbers[0]
+def numbers(text: str) -> list[int]:
+    """The value of an option such as 384,512."""
+    return [int(part) for part in text.split(",")]
+
+
+def number_or_numbers(text: str) -> int | list[int]:
+    """The value of an option such as 8 or 8,4."""
+    return numbers(text) if "," in text else int(text)
 
 
 _TYPES = {
-    "widths": lambda text: [int(part) for part in text.split(",")],
-    "experts_per_group": _numbers,
+    "widths": numbers,
+    "experts_per_group": number_or_numbers,
     "top_k": int,
     "top_groups": int,
     "reinit": float,

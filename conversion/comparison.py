@@ -30,7 +30,8 @@ from transformers import (
 from mohge.training.corpus import standard_library_texts, token_blocks, train_tokenizer
 from mohge.training.trainer import MoHGETrainer
 
-from .pipeline import convert, make_plan
+from .pipeline import convert
+from .plan import make_plan
 from .recipe import load_recipe
 
 

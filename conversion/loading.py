@@ -1,10 +1,7 @@
 """From a source's config.json to its architecture."""
 
-import json
-from pathlib import Path
-
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from .architectures import ARCHITECTURES, Architecture
 
@@ -27,22 +24,6 @@ _UNFIT = {
 """Why some well-known architectures do not fit."""
 
 
-def read_config(folder: Path) -> dict:
-    """
-    The config.json of a checkpoint.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no config.json that can be read ({error}): give a checkpoint") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{folder / 'config.json'} is no config: give a checkpoint")
-    return fields
-
-
 def make_architecture(fields: dict) -> Architecture:
     """
     The architecture of a config.
@@ -51,15 +32,15 @@ def make_architecture(fields: dict) -> Architecture:
         ValueError: if it cannot be converted, with the reason.
     """
     model_type = fields.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES.keys() - {"mohge"}))
-        reason = f": {_UNFIT[model_type]}" if model_type in _UNFIT else ""
+        reason = f": {_UNFIT[model_type]}" if str(model_type) in _UNFIT else ""
         raise ValueError(f"`model_type` {model_type} cannot be converted{reason}. Sources are {known}")
-    return ARCHITECTURES[model_type](_typed(fields))
-
-
-def _typed(fields: dict) -> PreTrainedConfig:
     try:
-        return AutoConfig.for_model(**fields)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"the source's config.json is not valid ({' '.join(str(error).split())})") from error
+        architecture = ARCHITECTURES[model_type](AutoConfig.for_model(**fields))
+        architecture.equivalent()
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ValueError(
+            f"the source's config.json is not valid ({type(error).__name__}: {' '.join(str(error).split())}): mend it"
+        ) from error
+    return architecture

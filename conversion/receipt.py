@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData
 
+from .calibration import Tokens
+from .plan import Plan
+
 
 EXACT = 1e-5
 """Largest relative error, in float32, of a conversion that is exact."""
@@ -38,16 +41,44 @@ class LogitComparison:
         return {
             "relative_error_median": errors.median().item(),
             "relative_error_max": errors.max().item(),
-            "kl": max(0.0, self.kl / self.tokens),
+            "kl": 0.0 if self.kl < 0 else self.kl / self.tokens,  # below zero by rounding
             "top1_agreement": self.agreement / self.tokens,
             "perplexity_before": perplexities[0],
             "perplexity_after": perplexities[1],
         }
 
 
+def make_report(plan: Plan, tokens: Tokens, fitted_tokens: int, size: int, layers: list[dict], logits: dict) -> dict:
+    """The receipt. `fitted_tokens` is the number of tokens that statistics were taken over, `size` the bytes of the
+    weights; `layers` has what was measured in each layer."""
+    recipe, mode = plan.recipe, plan.mode
+    report = {
+        "mode": mode.name,
+        "exact": mode.exact,
+        "reason": mode.reason,
+        "source": {"path": recipe.source, "revision": plan.revision, "model_type": plan.source.model_type},
+        "parameters": {
+            when: {"total": counts.total, "activated": counts.activated}
+            for when, counts in (("before", plan.before), ("after", plan.after))
+        },
+        "bytes_written": size,
+        "layers": layers,
+        "logits": logits,
+        "check": {
+            "tokens": tokens.held_out * tokens.ids.shape[1],
+            "text": "calibration" if tokens.text else "random",
+        },
+        "calibration": {"dataset": recipe.calibration, "tokens": fitted_tokens} if tokens.text else None,
+    }
+    report["failures"] = judge(report, recipe.max_kl)
+    report["passed"] = not report["failures"]
+    return report
+
+
 def judge(report: dict, max_kl: float | None) -> list[str]:
     """What of the promise did not hold; empty if it held."""
-    failures = []
+    figures = [layer["relative_error"] for layer in report["layers"]] + [report["logits"]["kl"]]
+    failures = [] if all(map(math.isfinite, figures)) else ["the model computes values that are not finite"]
     if report["exact"]:
         for layer in report["layers"]:
             if not layer["relative_error"] <= EXACT:

@@ -18,7 +18,7 @@ Observer = Callable[[torch.Tensor, torch.Tensor], None]
 _SAMPLE = 8192
 """Most tokens of a sample."""
 _RIDGE = 1e-2
-"""Strength of the ridge, relative to the mean of the Gram matrix's diagonal."""
+"""Strength of the ridge, relative to the Gram matrix's diagonal."""
 
 
 @contextmanager
@@ -47,13 +47,14 @@ class DenseStatistics:
         width (`int`): Width D of the feed-forward.
         tokens (`int`): Number of tokens that will come.
         gram (`bool`): Whether to take the Gram matrix of the activations.
+        device (`str`, *optional*, defaults to `"cpu"`): Where to add up.
     """
 
-    def __init__(self, width: int, tokens: int, gram: bool):
+    def __init__(self, width: int, tokens: int, gram: bool, device: str = "cpu"):
         self.tokens = 0
-        self.activation_D = torch.zeros(width)
+        self.activation_D = torch.zeros(width, device=device)
         """Sum of the activations' magnitudes."""
-        self.gram_DD = torch.zeros(width, width) if gram else None
+        self.gram_DD = torch.zeros(width, width, device=device) if gram else None
         """Sum of the outer products of the activations."""
         self._stride = -(-tokens // _SAMPLE)
         self._inputs: list[torch.Tensor] = []
@@ -61,9 +62,9 @@ class DenseStatistics:
 
     def __call__(self, inputs_TH: torch.Tensor, activations_TD: torch.Tensor):
         """Take in a batch."""
-        self.activation_D += activations_TD.abs().sum(0).cpu()
+        self.activation_D += activations_TD.abs().sum(0)
         if self.gram_DD is not None:
-            self.gram_DD.addmm_(activations_TD.T.cpu(), activations_TD.cpu())
+            self.gram_DD.addmm_(activations_TD.T, activations_TD)
         positions = torch.arange(self.tokens, self.tokens + len(inputs_TH))
         sampled = positions % self._stride == 0
         self._positions.append(positions[sampled])
@@ -86,24 +87,25 @@ class ExpertStatistics:
     Args:
         experts (`int`): Number of experts E.
         width (`int`): Their width W.
+        device (`str`, *optional*, defaults to `"cpu"`): Where to add up.
     """
 
-    def __init__(self, experts: int, width: int):
-        self.tokens_E = torch.zeros(experts)
-        self.saliency_E = torch.zeros(experts)
+    def __init__(self, experts: int, width: int, device: str = "cpu"):
+        self.tokens_E = torch.zeros(experts, device=device)
+        self.saliency_E = torch.zeros(experts, device=device)
         """Sum of combine weight times norm of the output (REAP, https://huggingface.co/papers/2510.13999)."""
-        self.activation_EW = torch.zeros(experts, width)
+        self.activation_EW = torch.zeros(experts, width, device=device)
         """Sum of the activations' magnitudes."""
-        self.gram_EWW = torch.zeros(experts, width, width)
+        self.gram_EWW = torch.zeros(experts, width, width, device=device)
         """Sum of the outer products of the activations, scaled by the combine weight."""
 
     def add(self, expert: int, activations_TW: torch.Tensor, output_TH: torch.Tensor, weights_T: torch.Tensor):
         """Take in the tokens of one expert; `output_TH` is already scaled by `weights_T`."""
         self.tokens_E[expert] += len(weights_T)
-        self.saliency_E[expert] += output_TH.norm(dim=-1).sum().cpu()
-        self.activation_EW[expert] += activations_TW.abs().sum(0).cpu()
+        self.saliency_E[expert] += output_TH.norm(dim=-1).sum()
+        self.activation_EW[expert] += activations_TW.abs().sum(0)
         scaled_TW = activations_TW * weights_T[:, None]
-        self.gram_EWW[expert].addmm_(scaled_TW.T.cpu(), scaled_TW.cpu())
+        self.gram_EWW[expert].addmm_(scaled_TW.T, scaled_TW)
 
 
 @contextmanager
@@ -158,20 +160,18 @@ def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram_WW: torch.Tensor) -> t
         The new columns, [H, kept], and three sums of squares over tokens: of the full output, and of its error
         without refit and with it.
     """
-    down_HW = down_HW.float()
+    down_HW, count = down_HW.float(), len(kept)
     dropped = torch.ones(down_HW.shape[1], dtype=torch.bool)
     dropped[kept] = False
-    lost_HW = down_HW[:, dropped]
+    order = torch.cat([kept, dropped.nonzero().flatten()])
+    gram_WW, lost_HW = gram_WW[order[:, None], order], down_HW[:, dropped]
     # New columns = old columns + correction, and the correction alone solves a ridge regression towards zero.
-    correction = ridge(gram_WW[kept][:, kept], gram_WW[kept][:, dropped] @ lost_HW.T).T
-    squares = [square(down_HW, gram_WW), square(lost_HW, gram_WW[dropped][:, dropped])]
-    error_HW = torch.zeros_like(down_HW)
-    error_HW[:, dropped] = lost_HW
-    error_HW[:, kept] = -correction
-    squares.append(square(error_HW, gram_WW))
-    if squares[2] > squares[1]:  # rounding, where there is nothing to gain
-        return down_HW[:, kept], torch.stack([*squares[:2], squares[1]])
-    return down_HW[:, kept] + correction, torch.stack(squares)
+    correction_HW = ridge(gram_WW[:count, :count], gram_WW[:count, count:] @ lost_HW.T).T
+    whole, without = square(down_HW[:, order], gram_WW), square(lost_HW, gram_WW[count:, count:])
+    refitted = square(torch.cat([-correction_HW, lost_HW], dim=1), gram_WW)
+    if refitted > without:  # rounding, where there is nothing to gain
+        return down_HW[:, kept], torch.stack([whole, without, without])
+    return down_HW[:, kept] + correction_HW, torch.stack([whole, without, refitted])
 
 
 def square(matrix_HW: torch.Tensor, gram_WW: torch.Tensor) -> torch.Tensor:
@@ -180,10 +180,15 @@ def square(matrix_HW: torch.Tensor, gram_WW: torch.Tensor) -> torch.Tensor:
 
 
 def ridge(gram: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """Solve (gram + ridge) x = moments."""
+    """Solve (gram + ridge) x = moments, with a ridge on the diagonal."""
     damped = gram.clone()
-    damped.diagonal().add_(_RIDGE * gram.diagonal().mean() if gram.any() else 1.0)
-    return torch.cholesky_solve(moments, torch.linalg.cholesky(damped))
+    diagonal = damped.diagonal()
+    if not diagonal.isfinite().all():
+        raise ValueError("the source computes values that are not finite on the calibration tokens: check its weights")
+    # For each input its own: a few neurons are far more active than others, and would drown them.
+    diagonal.mul_(1 + _RIDGE).add_(1e-6 * diagonal.mean() if diagonal.any() else 1.0)
+    torch.linalg.cholesky(damped, out=damped)
+    return torch.cholesky_solve(moments, damped)
 
 
 def linear_rows(gram_HH: torch.Tensor, moments_HE: torch.Tensor, tokens: int) -> torch.Tensor:

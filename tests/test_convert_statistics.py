@@ -29,9 +29,9 @@ def test_refit_solves_the_ridge_regression():
     down, tokens, kept = draw(H, W), draw(200, W, seed=1) @ draw(W, W, seed=2), torch.tensor([0, 2, 3, 7, 10])
     columns, squares = refit(down, kept, tokens.T @ tokens)
     target = (tokens @ down.T).double()
-    strength = (0.01 * (tokens[:, kept] ** 2).sum(0).mean()).sqrt()
-    design = torch.cat([tokens[:, kept], strength * torch.eye(len(kept))]).double()
-    asked = torch.cat([target, (strength * down[:, kept].T).double()])
+    strength = torch.diag((0.01 * (tokens[:, kept] ** 2).sum(0)).sqrt())
+    design = torch.cat([tokens[:, kept], strength]).double()
+    asked = torch.cat([target, (strength @ down[:, kept].T).double()])
     expected = torch.linalg.lstsq(design, asked).solution.T
     torch.testing.assert_close(columns.double(), expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(columns, down[:, kept], rtol=0.05)
@@ -55,11 +55,26 @@ def test_refit_with_few_tokens_never_raises_the_error(tokens):
         assert 0 < refitted < without
 
 
+def test_refit_works_beside_a_neuron_of_massive_activation():
+    """As language models have at the first token."""
+    mixing = draw(W, W, seed=2)
+    tokens, kept = draw(640, W, seed=1) @ mixing, torch.arange(6)
+    calm = refit(draw(H, W), kept, tokens.T @ tokens)[1]
+    tokens[::64, 0] = 1e4
+    _, without, refitted = refit(draw(H, W), kept, tokens.T @ tokens)[1]
+    assert refitted / without < 1.2 * calm[2] / calm[1]
+
+
+def test_values_that_are_not_finite_are_named():
+    with pytest.raises(ValueError, match="not finite"):
+        ridge(torch.full((2, 2), float("nan")), torch.ones(2, 1))
+
+
 def test_ridge_solves():
     tokens = draw(50, W)
     gram, moments = tokens.T @ tokens, draw(W, 3, seed=1)
     solution = ridge(gram, moments)
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(W)
+    damped = gram + 0.01 * torch.diag(gram.diagonal())
     torch.testing.assert_close(damped @ solution, moments, rtol=1e-3, atol=1e-3)
 
 

@@ -73,12 +73,19 @@ class Architecture:
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
+        self.check()
+
+    def check(self):
+        """Raise ValueError if the config asks for something that MoHGE cannot express."""
+        config = self.config
         if config.hidden_act != "silu":
             self.refuse(f'`hidden_act` is "{config.hidden_act}", but experts are SwiGLU, with "silu"')
         if getattr(config, "mlp_bias", False):
             self.refuse("`mlp_bias` is true, but experts have no biases")
         if getattr(config, "quantization_config", None) is not None:
             self.refuse("it has a `quantization_config`: give the checkpoint before quantisation")
+        if self.experts is not None and not 1 <= self.experts.per_token <= self.experts.count:
+            self.refuse(f"it chooses {self.experts.per_token} of {self.experts.count} experts for a token")
 
     def refuse(self, reason: str):
         """Raise the ValueError that names this architecture and `reason`."""

@@ -12,6 +12,9 @@ from .base import Architecture, Expert, LayerWeights, own
 class MoHGE(Architecture):
     model_type = "mohge"
 
+    def check(self):
+        pass
+
     def equivalent(self) -> MoHGEConfig:
         return self.config
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ class Layer(NamedTuple):
     """Number T of calibration tokens."""
     difficulty: torch.Tensor | None
     """[T] loss of the source at each calibration token, for modes that want it."""
+    device: str
+    """Where to compute."""
 
 
 class Converted(NamedTuple):
@@ -66,11 +69,17 @@ class Mode:
             )
         every_option = frozenset().union(*(mode.options for mode in MODES.values()))
         for option in sorted(every_option - self.options):
-            if getattr(recipe, option) not in (None, False):
+            if getattr(recipe, option) is not None and getattr(recipe, option) is not False:
                 raise ValueError(f"`{option}` does not apply to mode {self.name}: leave it out")
         if kind != "dense" and not source.equivalent().sparse_layers:
             source.refuse("all of its layers are dense")
-        self.target = self.make_target()
+        try:
+            self.target = self.make_target()
+        except ValueError as error:
+            message = str(error)
+            for option, field in _FIELDS.items():  # the message should name what the user gave
+                message = message.replace(f"`{field}`", f"`{option}`").replace(f"{field}=", f"{option}=")
+            raise ValueError(message) from error
         if self.needs_calibration and recipe.calibration is None:
             raise ValueError(f"mode {self.name} needs `calibration` {self.needs_calibration}: name a data set")
 
@@ -88,6 +97,20 @@ class Mode:
     def needs_calibration(self) -> str:
         """What calibration is needed for; empty if it is not."""
         return ""
+
+    @property
+    def observes(self) -> bool:
+        """Whether it takes statistics of calibration tokens."""
+        return type(self).observe is not Mode.observe
+
+    def resolved(self, revision: str | None) -> Recipe:
+        """The recipe with every choice written out."""
+        config, chosen = self.target.config, {"revision": revision}
+        for option in self.options & _FIELDS.keys():
+            unchosen = getattr(self.recipe, option) is None
+            if unchosen and (option != "top_groups" or config.router_type == "two_level"):
+                chosen[option] = getattr(config, _FIELDS[option])
+        return replace(self.recipe, **chosen)
 
     def make_target(self) -> Architecture:
         """The architecture of the result, with its config."""
@@ -129,6 +152,14 @@ class Mode:
 
 MODES: dict[str, type[Mode]] = {}
 """Every mode by its name; a subclass of [`Mode`] enters itself."""
+_FIELDS = {
+    "widths": "moe_intermediate_sizes",
+    "experts_per_group": "num_experts_per_group",
+    "top_k": "num_experts_per_tok",
+    "top_groups": "num_groups_per_tok",
+    "router": "router_type",
+}
+"""Options that are a field of [`MoHGEConfig`] under another name."""
 _KINDS = {"dense": "dense model", "mixture": "mixture of experts", "mohge": "MoHGE model"}
 
 

@@ -79,7 +79,8 @@ class Copy(Mode):
         if self.recipe.calibration is None:
             return None
         width = self.source.config.intermediate_size
-        statistics = DenseStatistics(width, layer.tokens, gram=self.refits and self.narrows)
+        gram = self.refits and self.narrows
+        statistics = DenseStatistics(width, layer.tokens, gram, layer.device)
         run(lambda decoder: observe_dense(decoder, statistics))
         return statistics
 
@@ -90,10 +91,10 @@ class Copy(Mode):
         squares, narrowed = [], {}
 
         def narrow(width: int) -> Expert:
-            kept = important_neurons(statistics.activation_D, full.down, width)
+            kept = important_neurons(statistics.activation_D.cpu(), full.down, width)
             if not self.refits:
                 return slice_neurons(full, kept)
-            down, sums = refit(full.down, kept, statistics.gram_DD)
+            down, sums = refit(full.down, kept, statistics.gram_DD.cpu())
             squares.append(sums)
             return slice_neurons(full, kept)._replace(down=down)
 

@@ -55,13 +55,14 @@ class Trim(Mode):
         return MoHGE(MoHGEConfig(**self.source.backbone(), **fields))
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> ExpertStatistics:
-        statistics = ExpertStatistics(self.source.experts.count, self.source.experts.width)
+        layout = self.source.experts
+        statistics = ExpertStatistics(layout.count, layout.width, layer.device)
         run(lambda decoder: observe_experts(decoder, statistics))
         return statistics
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: ExpertStatistics) -> Converted:
         config = self.target.config
-        ranked = (statistics.saliency_E / statistics.tokens_E.clamp(min=1)).argsort(stable=True)
+        ranked = (statistics.saliency_E / statistics.tokens_E.clamp(min=1)).cpu().argsort(stable=True)
         origins = [0] * config.num_experts
         for ids in config.expert_id_table:  # widths ascend with the groups, as saliency does
             ids = [number for number in ids if number < config.num_experts]
@@ -72,12 +73,12 @@ class Trim(Mode):
 
         def expert(number: int) -> Expert:
             origin, width = origins[number], config.expert_widths[number]
-            full, gram = weights.expert(origin), statistics.gram_EWW[origin]
+            full, gram = weights.expert(origin), statistics.gram_EWW[origin].cpu()
             if width >= full.gate.shape[0]:
                 whole = square(full.down.float(), gram)
                 squares.append(torch.stack([whole, torch.zeros_like(whole), torch.zeros_like(whole)]))
                 return widen(full, width, layer.generator, config.initializer_range)
-            kept = important_neurons(statistics.activation_EW[origin], full.down, width)
+            kept = important_neurons(statistics.activation_EW[origin].cpu(), full.down, width)
             down, sums = refit(full.down, kept, gram)
             squares.append(sums)
             return slice_neurons(full, kept)._replace(down=down)

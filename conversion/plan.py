@@ -1,0 +1,98 @@
+"""What a conversion would do, found out from configs and the headers of weight files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mohge.info import ParameterCounts, parameter_counts
+
+from .architectures import Architecture
+from .checkpoint import Checkpoint, find_source
+from .loading import make_architecture
+from .modes import MODES, Mode
+from .recipe import Recipe
+
+
+@dataclass
+class Plan:
+    """A conversion that has been found possible. Nothing is written yet."""
+
+    recipe: Recipe
+    revision: str | None
+    fields: dict
+    """The source's config.json."""
+    checkpoint: Checkpoint
+    mode: Mode
+    before: ParameterCounts
+    after: ParameterCounts
+    size: int
+    """Bytes of weights to be written."""
+
+    @property
+    def source(self) -> Architecture:
+        return self.mode.source
+
+    @property
+    def target(self) -> Architecture:
+        return self.mode.target
+
+    def describe(self) -> str:
+        """The plan as text."""
+        recipe, mode = self.recipe, self.mode
+        lines = {
+            "source": f"{recipe.source} ({self.source.model_type}{', ' + self.revision if self.revision else ''})",
+            "output": f"{recipe.output} ({self.target.model_type})",
+            "mode": f"{mode.name}, {'exact' if mode.exact else 'not exact'}: {mode.reason}",
+            "total parameters": f"{self.before.total:,} -> {self.after.total:,}",
+            "activated per token": f"{self.before.activated:,} -> {self.after.activated:,}",
+            "weights to be written": f"{self.size:,} bytes",
+        }
+        config = self.target.equivalent()
+        if config.sparse_layers and not config.is_heterogeneous:
+            groups = zip(config.expert_counts, config.moe_intermediate_sizes, strict=True)
+            lines["expert groups"] = ", ".join(f"{count} of width {width}" for count, width in groups)
+        return "\n".join(f"{name:<22}  {value}" for name, value in lines.items())
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """
+    Read the source's config and the headers of its weights, and check that the conversion is possible.
+
+    Raises:
+        ValueError: if it is not, naming the option or the file and the remedy.
+    """
+    _check_output(Path(recipe.output))
+    _check_device(recipe.device)
+
+    def mode_for(fields: dict, dtype: torch.dtype | None = None) -> Mode:
+        architecture = make_architecture(fields)
+        if dtype is not None:
+            architecture.config.dtype = dtype
+        return MODES[recipe.mode](recipe, architecture)
+
+    # The mode is tried on the config before weights are fetched, and made again when their dtype is known.
+    folder, revision, fields = find_source(recipe.source, recipe.revision, mode_for)
+    checkpoint = Checkpoint(folder)
+    mode = mode_for(fields, checkpoint.dtype)
+    checkpoint.check(mode.source.shapes(), mode.source.config.tie_word_embeddings)
+    size = checkpoint.dtype.itemsize * sum(shape.numel() for shape in mode.target.shapes().values())
+    before, after = (parameter_counts(architecture.equivalent()) for architecture in (mode.source, mode.target))
+    return Plan(recipe, revision, fields, checkpoint, mode, before, after, size)
+
+
+def _check_output(output: Path):
+    if output.exists():
+        raise ValueError(f"`output` {output} exists: name another folder, or remove it first")
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"`output` {output} cannot be created, {parent} is not a folder: name another folder")
+
+
+def _check_device(device: str):
+    try:
+        usable = torch.zeros(1, device=device).device.type != "meta"
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"`device` {device} cannot be used here ({error}): use cpu or cuda") from error
+    if not usable:
+        raise ValueError("`device` meta cannot compute: use cpu or cuda")
