@@ -153,9 +153,9 @@ def _measure_calibration(folder: Path, options: argparse.Namespace):
         last[:] = [model.model(batch).last_hidden_state for batch in ids.split(8)]
 
     def calibrate():
-        staging = Staging(folder / "calibrated", "benchmark")
+        staging = Staging(folder / "calibrated", options.layers + 2, "benchmark")
         try:
-            work = _Conversion(plan, tokens, staging, False)
+            work = _Conversion(plan, tokens, staging, None, False)
             work._embed()
             for number in layers:
                 work.observe(work.layer(number, None))

@@ -222,6 +222,7 @@ class Staging:
 
     Args:
         output (`Path`): Folder to create.
+        shards (`int`): Number of shards that the weights will have, counted from 1.
         identity (`str`): Text that tells this conversion from others. Work left by an interrupted run is taken up if
             it is the same.
 
@@ -229,8 +230,8 @@ class Staging:
         ValueError: if `output` exists, another process is writing there, or work on another conversion was left.
     """
 
-    def __init__(self, output: Path, identity: str):
-        self.output = output
+    def __init__(self, output: Path, shards: int, identity: str):
+        self.output, self.shards = output, shards
         self.folder = output.parent / f".{output.name}.partial"
         self.scratch = output.parent / f".{output.name}.scratch"
         self.scratch.mkdir(parents=True, exist_ok=True)
@@ -244,8 +245,6 @@ class Staging:
         except ValueError:
             self.close()
             raise
-        self.weight_map: dict[str, str] = {}
-        self.size = 0
 
     def _claim(self, identity: str):
         if self.output.exists():
@@ -272,30 +271,44 @@ class Staging:
             shutil.rmtree(self.scratch, ignore_errors=True)
         self._lock.release()
 
-    def add_shard(self, number: int, count: int, make: Callable[[], dict[str, torch.Tensor]]):
-        """Write shard `number` of `count`, unless that was done before; `make` brings its tensors."""
-        name = f"model-{number:05}-of-{count:05}.safetensors"
-        path = self.folder / name
-        if not path.exists():
-            temporary = self.scratch / name
-            try:
-                save_file(make(), temporary, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(f"{path} cannot be written ({error})") from error
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        with safe_open(path, "pt") as handle:
-            names = handle.keys()
-            for tensor in names:
-                if tensor not in self.weight_map:
-                    self.weight_map[tensor] = name
-                    self.size += handle.get_tensor(tensor).nbytes
+    def has_shard(self, number: int) -> bool:
+        """Whether shard `number` has been finished."""
+        return self._path(number).exists()
+
+    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]):
+        """Write a shard. Until `seal_shard` it does not count."""
+        try:
+            save_file(tensors, self._draft(number), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{self._path(number)} cannot be written ({error})") from error
+
+    def seal_shard(self, number: int):
+        """Bring a shard to the disk and give it its name."""
+        with self._draft(number).open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(self._draft(number), self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"model-{number:05}-of-{self.shards:05}.safetensors"
+
+    def _draft(self, number: int) -> Path:
+        return self.scratch / self._path(number).name
+
+    def index(self) -> int:
+        """Write the index of all shards; bytes of their tensors."""
+        weight_map, size = {}, 0
+        for number in range(1, self.shards + 1):
+            with safe_open(self._path(number), "pt") as shard:
+                names = shard.keys()
+                for name in names:
+                    weight_map[name] = self._path(number).name
+                    size += shard.get_tensor(name).nbytes
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        return size
 
     def finish(self, write_config: Callable[[Path], None]):
-        """Write the index, give the folder the config, without which nothing loads, and at once its name."""
-        index = {"metadata": {"total_size": self.size}, "weight_map": dict(sorted(self.weight_map.items()))}
-        write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        """Give the folder the config, without which nothing loads, and at once its name."""
         prepared = self.scratch / "config"
         prepared.mkdir(exist_ok=True)
         write_config(prepared)

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,11 @@ def convert(plan: Plan, progress: bool = False) -> dict:
             raise ValueError(
                 f"`calibration_tokens` leaves {fitted} tokens for {plan.target.config.num_experts} experts: raise it"
             )
-    staging = Staging(Path(plan.recipe.output), _identity(plan, tokens))
+    shards = plan.source.config.num_hidden_layers + 2
+    staging = Staging(Path(plan.recipe.output), shards, _identity(plan, tokens))
     try:
-        return _Conversion(plan, tokens, staging, progress).run()
+        with ThreadPoolExecutor(1) as writer:
+            return _Conversion(plan, tokens, staging, writer, progress).run()
     finally:
         staging.close()
 
@@ -76,8 +78,11 @@ def _identity(plan: Plan, tokens: Tokens) -> str:
 
 
 class _Conversion:
-    def __init__(self, plan: Plan, tokens: Tokens, staging: Staging, progress: bool):
+    def __init__(self, plan: Plan, tokens: Tokens, staging: Staging, writer: ThreadPoolExecutor, progress: bool):
         self.plan, self.tokens, self.staging, self.progress = plan, tokens, staging, progress
+        # Writes, one after the other, while the next thing is computed: the disk and the processor need not wait for
+        # each other. Tensors are let go before the next layer is read.
+        self.writer = writer
         self.checkpoint, self.device = plan.checkpoint, plan.recipe.device
         self.layers = plan.source.config.num_hidden_layers
         # What enters a layer of the source, of the result, and what enters and leaves the source's feed-forward.
@@ -92,27 +97,39 @@ class _Conversion:
         self.fitted_tokens = fitted.numel()
 
     def run(self) -> dict:
-        plan, staging, shards = self.plan, self.staging, self.layers + 2
+        plan, staging = self.plan, self.staging
         self._embed()
         difficulty = self._difficulty() if plan.mode.needs_difficulty else None
-        with self.checkpoint.open() as read:
-            staging.add_shard(1, shards, lambda: {_EMBEDDING: read(_EMBEDDING)})
-        layers = []
+        reports = [staging.scratch / f"layer-{number}.json" for number in range(self.layers)]
+        sealed = self._copy_shard(1, [_EMBEDDING])
         for number in tqdm(range(self.layers), "layers", disable=not self.progress):
-            done = staging.scratch / f"layer-{number}.json"
-            if not done.exists():
-                write_file(done, json.dumps(self._layer(number, shards, difficulty)))
-            staging.add_shard(2 + number, shards, dict)
-            for stream in (self.source, self.target, self.entering, self.leaving):
-                stream.drop(number)
-            layers.append(json.loads(done.read_text(encoding="utf-8")))
+            if not reports[number].exists():
+                notes = self._layer(number, difficulty)
+                sealed.append(self.writer.submit(self._seal, number, reports[number], notes))
         last = [_NORM] if plan.target.config.tie_word_embeddings else [_NORM, _HEAD]
-        with self.checkpoint.open() as read:
-            staging.add_shard(shards, shards, lambda: {name: read(name) for name in last})
+        sealed += self._copy_shard(self.layers + 2, last)
+        for future in sealed:
+            future.result()
+        layers = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
         logits = self._compare_logits().result(self.tokens.text)
-        report = make_report(plan, self.tokens, self.fitted_tokens, staging.size, layers, logits)
+        report = make_report(plan, self.tokens, self.fitted_tokens, staging.index(), layers, logits)
         self._finish(report)
         return report
+
+    def _seal(self, number: int, report: Path, notes: dict):
+        """A layer counts as done when its report is there."""
+        self.staging.seal_shard(2 + number)
+        write_file(report, json.dumps(notes))
+        for stream in (self.source, self.target, self.entering, self.leaving):
+            stream.drop(number)
+
+    def _copy_shard(self, number: int, names: list[str]) -> list[Future]:
+        """Write a shard of tensors that stay as they are; what remains to be waited for."""
+        if self.staging.has_shard(number):
+            return []
+        with self.checkpoint.open() as read:
+            self.staging.write_shard(number, {name: read(name) for name in names})
+        return [self.writer.submit(self.staging.seal_shard, number)]
 
     def _embed(self):
         """The states that enter the first layer."""
@@ -147,7 +164,7 @@ class _Conversion:
         generator = torch.Generator().manual_seed(self.plan.recipe.seed * 1_000_003 + number)
         return Layer(number, generator, self.fitted_tokens, difficulty, self.device)
 
-    def _layer(self, number: int, shards: int, difficulty: torch.Tensor | None) -> dict:
+    def _layer(self, number: int, difficulty: torch.Tensor | None) -> dict:
         """Convert a layer and write its shard; what the receipt says of it."""
         layer = self.layer(number, difficulty)
         statistics = self.observe(layer)
@@ -155,10 +172,9 @@ class _Conversion:
         del statistics
         prefix = f"model.layers.{number}."
         named = {prefix + name: tensor for name, tensor in tensors.items()}
-        with ThreadPoolExecutor(1) as writer:  # the disk and the check need not wait for each other
-            writing = writer.submit(self.staging.add_shard, 2 + number, shards, lambda: named)
-            notes = {"layer": number, **self._check(number, tensors)}
-            writing.result()
+        writing = self.writer.submit(self.staging.write_shard, 2 + number, named)
+        notes = {"layer": number, **self._check(number, tensors)}
+        writing.result()
         if squares:
             whole, without, refitted = torch.stack(squares).sum(0).tolist()
             notes["calibration_error_without_refit"] = math.sqrt(without / whole) if whole else 0.0

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from .architectures import Architecture
 
@@ -42,24 +41,19 @@ def layer_window(
     """
     config = architecture.layer_config(layer)
     config._experts_implementation = "eager"  # works on one expert at a time
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
-    dummy = torch.zeros(1, config.hidden_size)
-    weights = {f"model.layers.0.{name}": tensor for name, tensor in state.items()}
-    weights |= {"model.embed_tokens.weight": dummy, "model.norm.weight": dummy[0] if norm is None else norm}
-    if not config.tie_word_embeddings:
-        weights["lm_head.weight"] = dummy
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    with _quiet():
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-        )
-    assert not any(info.values()), info
-    decoder = model.model.to(device).eval()
+    with init_empty_weights():
+        decoder = model_class(config).model
+    dummy = torch.zeros(1, config.hidden_size)
+    weights = {"embed_tokens.weight": dummy, "norm.weight": dummy[0] if norm is None else norm}
+    weights |= {f"layers.0.{name}": tensor for name, tensor in state.items()}
+    decoder.load_state_dict(weights, strict=True, assign=True)
+    state.clear()
+    del weights
     for parameter in decoder.parameters():
         if parameter.untyped_storage().nbytes() > parameter.nbytes:  # a view would keep the whole file in memory
             parameter.data = parameter.data.clone()
-    weights.clear()
-    state.clear()
+    decoder.to(device).eval()
     if norm is None:
         decoder.norm = nn.Identity()
     try:
@@ -68,20 +62,6 @@ def layer_window(
     finally:
         for parameter in decoder.parameters():  # modules refer to each other: only the garbage collector frees them
             parameter.data = parameter.data.new_empty(0)
-
-
-@contextmanager
-def _quiet():
-    """Without the progress bar and messages of loading a model."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class Stream:
