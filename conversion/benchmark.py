@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
 from .calibration import Tokens
-from .checkpoint import Staging
 from .pipeline import _Conversion, convert
 from .plan import make_plan
 from .recipe import Recipe, load_recipe
+from .staging import Staging
 
 
 def main() -> None:

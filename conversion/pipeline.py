@@ -19,10 +19,11 @@ from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .architectures import Architecture, LayerWeights, MoHGE
 from .calibration import Tokens, random_tokens, read_tokens
-from .checkpoint import SIDE_FILES, Staging, write_file
+from .checkpoint import SIDE_FILES
 from .modes import Converted, Layer
 from .plan import Plan
 from .receipt import LogitComparison, make_report, model_card
+from .staging import Staging, write_file
 from .window import Stream, layer_window
 
 

@@ -203,7 +203,7 @@ def linear_rows(gram_HH: torch.Tensor, moments_HE: torch.Tensor, tokens: int) ->
     """
     rows_EH = ridge(gram_HH, moments_HE - moments_HE.mean(1, keepdim=True)).T
     variance = ((rows_EH @ gram_HH) * rows_EH).sum(1).mean() / tokens
-    return rows_EH / variance.sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    return rows_EH / variance.sqrt() if variance > 0 else rows_EH  # zero where tokens are all alike
 
 
 def cluster(points: torch.Tensor, capacities: list[int], generator: torch.Generator, rounds: int = 20) -> torch.Tensor:

@@ -140,6 +140,14 @@ def test_router_rows_predict_their_targets():
     assert (logits.argmax(1) == best).float().mean() > 0.95
 
 
+def test_router_rows_of_tokens_that_are_all_alike():
+    inputs = draw(1, H).expand(64, -1)
+    targets = torch.eye(2)[torch.arange(64) % 2]
+    rows = linear_rows(inputs.T @ inputs, inputs.T @ targets, 64)
+    assert rows.isfinite().all()
+    assert (inputs @ rows.T).abs().max() < 10
+
+
 def test_slices_take_the_same_neurons_of_all_matrices():
     expert = Expert(draw(W, H), draw(W, H, seed=1), draw(H, W, seed=2))
     index = torch.tensor([4, 0, 9])

@@ -1,0 +1,125 @@
+"""Writing a model so that there never is half of one."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .checkpoint import INDEX
+
+
+class Staging:
+    """
+    The folder in which an output grows, `.OUT.partial` beside it, until it is complete. What else a run has to
+    remember is in `.OUT.scratch`, so that the output is there at once when its folder is given its name.
+
+    Args:
+        output (`Path`): Folder to create.
+        shards (`int`): Number of shards that the weights will have, counted from 1.
+        identity (`str`): Text that tells this conversion from others. Work left by an interrupted run is taken up if
+            it is the same.
+
+    Raises:
+        ValueError: if `output` exists, another process is writing there, or work on another conversion was left.
+    """
+
+    def __init__(self, output: Path, shards: int, identity: str):
+        self.output, self.shards = output, shards
+        self.folder = output.parent / f".{output.name}.partial"
+        self.scratch = output.parent / f".{output.name}.scratch"
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.scratch / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"another process is writing {output}: wait for it, or name another folder") from None
+        try:
+            self._claim(identity)
+        except ValueError:
+            self.close()
+            raise
+
+    def _claim(self, identity: str):
+        if self.output.exists():
+            raise ValueError(f"{self.output} exists: name another folder, or remove it first")
+        marker = self.scratch / "identity"
+        if not marker.exists() or not self.folder.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self.scratch.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+            self.folder.mkdir()
+            write_file(marker, identity)
+        elif marker.read_text(encoding="utf-8") != identity:
+            raise ValueError(
+                f"{self.folder} holds an unfinished conversion of another source or recipe: finish that one with its "
+                f"own command, or remove the folder"
+            )
+
+    def close(self):
+        """Let other processes write here."""
+        if not self.folder.exists():
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        self._lock.release()
+
+    def has_shard(self, number: int) -> bool:
+        """Whether shard `number` has been finished."""
+        return self._path(number).exists()
+
+    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]):
+        """Write a shard. Until `seal_shard` it does not count."""
+        try:
+            save_file(tensors, self._draft(number), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{self._path(number)} cannot be written ({error})") from error
+
+    def seal_shard(self, number: int):
+        """Bring a shard to the disk and give it its name."""
+        with self._draft(number).open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(self._draft(number), self._path(number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"model-{number:05}-of-{self.shards:05}.safetensors"
+
+    def _draft(self, number: int) -> Path:
+        return self.scratch / self._path(number).name
+
+    def index(self) -> int:
+        """Write the index of all shards; bytes of their tensors."""
+        weight_map, size = {}, 0
+        for number in range(1, self.shards + 1):
+            with safe_open(self._path(number), "pt") as shard:
+                names = shard.keys()
+                for name in names:
+                    weight_map[name] = self._path(number).name
+                    size += shard.get_tensor(name).nbytes
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        return size
+
+    def finish(self, write_config: Callable[[Path], None]):
+        """Give the folder the config, without which nothing loads, and at once its name."""
+        prepared = self.scratch / "config"
+        prepared.mkdir(exist_ok=True)
+        write_config(prepared)
+        for path in prepared.iterdir():
+            if path.name != "config.json":
+                os.replace(path, self.folder / path.name)
+        os.replace(prepared / "config.json", self.folder / "config.json")
+        self.folder.rename(self.output)
+
+
+def write_file(path: Path, text: str):
+    """Write a text file so that it is there as a whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
