@@ -101,10 +101,10 @@ class Copy(Mode):
         def expert(number: int) -> Expert:
             width = config.expert_widths[number]
             if width >= full.gate.shape[0]:
-                made = widen(full, width, generator, config.initializer_range)
-            else:
-                made = narrowed[width] = narrowed.get(width) or narrow(width)
-            return self.finish(made, generator)
+                return self.finish(widen(full, width, generator, config.initializer_range), generator)
+            if width not in narrowed:
+                narrowed[width] = narrow(width)
+            return self.finish(narrowed[width], generator)
 
         return Converted(LayerWeights(tensors, expert), squares if self.refits and self.narrows else None)
 
@@ -129,12 +129,8 @@ class Copy(Mode):
         if config.router_type == "two_level":
             sizes["mlp.gate.group_weight"] = config.num_groups
         if statistics is None:
-            return {
-                name: (torch.randn(rows, config.hidden_size, generator=layer.generator) * config.initializer_range).to(
-                    dtype
-                )
-                for name, rows in sizes.items()
-            }
+            drawn = {name: torch.randn(n, config.hidden_size, generator=layer.generator) for name, n in sizes.items()}
+            return {name: (rows * config.initializer_range).to(dtype) for name, rows in drawn.items()}
         inputs_TH = statistics.sample()
         targets = {"mlp.gate.weight": torch.zeros(len(inputs_TH), config.num_experts)}
         for ids in config.expert_id_table:
