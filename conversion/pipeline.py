@@ -99,10 +99,10 @@ class _Conversion:
 
     def run(self) -> dict:
         plan, staging = self.plan, self.staging
+        sealed = self._copy_shard(1, [_EMBEDDING])
         self._embed()
         difficulty = self._difficulty() if plan.mode.needs_difficulty else None
         reports = [staging.scratch / f"layer-{number}.json" for number in range(self.layers)]
-        sealed = self._copy_shard(1, [_EMBEDDING])
         for number in tqdm(range(self.layers), "layers", disable=not self.progress):
             if not reports[number].exists():
                 notes = self._layer(number, difficulty)

@@ -76,9 +76,8 @@ def make_plan(recipe: Recipe) -> Plan:
     checkpoint = Checkpoint(folder)
     mode = mode_for(fields, checkpoint.dtype)
     checkpoint.check(mode.source.shapes(), mode.source.config.tie_word_embeddings)
-    size = checkpoint.dtype.itemsize * sum(shape.numel() for shape in mode.target.shapes().values())
     before, after = (parameter_counts(architecture.equivalent()) for architecture in (mode.source, mode.target))
-    return Plan(recipe, revision, fields, checkpoint, mode, before, after, size)
+    return Plan(recipe, revision, fields, checkpoint, mode, before, after, checkpoint.dtype.itemsize * after.total)
 
 
 def _check_output(output: Path):

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel
 
 from .architectures import Architecture
 
@@ -41,9 +41,8 @@ def layer_window(
     """
     config = architecture.layer_config(layer)
     config._experts_implementation = "eager"  # works on one expert at a time
-    model_class = AutoModelForCausalLM._model_mapping[type(config)]
     with init_empty_weights():
-        decoder = model_class(config).model
+        decoder = AutoModel._model_mapping[type(config)](config)
     dummy = torch.zeros(1, config.hidden_size)
     weights = {"embed_tokens.weight": dummy, "norm.weight": dummy[0] if norm is None else norm}
     weights |= {f"layers.0.{name}": tensor for name, tensor in state.items()}
