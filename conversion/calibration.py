@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from .architectures import Architecture
@@ -105,6 +103,8 @@ def _documents(recipe: Recipe, source: Path) -> Iterator[list[int]]:
 
 def _rows(recipe: Recipe) -> Iterator[dict]:
     """The rows, read as they are needed: nothing is downloaded or cached as a whole."""
+    from datasets import load_dataset  # a quarter of a second, which other commands should not wait
+
     name, path, column = recipe.calibration, Path(recipe.calibration), recipe.calibration_column
     try:
         files = [path] if path.suffix == ".txt" and path.is_file() else sorted(path.glob("*.txt"))
@@ -121,7 +121,7 @@ def _rows(recipe: Recipe) -> Iterator[dict]:
         else:
             rows = load_dataset(name, recipe.calibration_config, split=recipe.calibration_split, streaming=True)
         yield from rows
-    except (DatasetNotFoundError, OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"`calibration` {name} cannot be read ({error})") from error
 
 

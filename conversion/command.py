@@ -40,9 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--recipe", metavar="YAML", help="file of options; those given here go before it")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     for option in fields(Recipe):
-        text = option.metadata["help"]
-        if option.default not in (None, ""):
-            text += f" (default: {option.default})"
+        text, default = option.metadata["help"], option.default
+        if default is None:
+            default = option.metadata["with_calibration"]
+        if default not in (None, ""):
+            text += f" (default: {default})"
         if option.name in ("source", "output"):
             parser.add_argument(option.name, nargs="?", metavar=option.name.upper(), help=text)
         elif option.name == "pad":

@@ -75,8 +75,7 @@ def prepare_text(folder: Path) -> Text:
     tokenizer = train_tokenizer(training, _SHAPE["vocab_size"])
     tokenizer.save_pretrained(folder)
     (folder / "calibration.txt").write_text("\n".join(training), encoding="utf-8")
-    blocks = (token_blocks(texts, tokenizer, LENGTH) for texts in (training, held_out))
-    training_set, held_out_set = blocks
+    training_set, held_out_set = (token_blocks(texts, tokenizer, LENGTH) for texts in (training, held_out))
     return Text(training_set, held_out_set.select(range(min(200, len(held_out_set)))), folder)
 
 
@@ -99,8 +98,8 @@ def train(model: PreTrainedModel, text: Text, steps: int, learning_rate: float =
             disable_tqdm=True,
             prediction_loss_only=True,
         )
-        trainer = MoHGETrainer if model.config.model_type == "mohge" else Trainer
-        trainer = trainer(
+        trainer_class = MoHGETrainer if model.config.model_type == "mohge" else Trainer
+        trainer = trainer_class(
             model=model,
             args=arguments,
             train_dataset=text.training,

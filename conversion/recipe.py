@@ -12,18 +12,9 @@ Mode = Literal["regroup", "trim", "copy", "residual", "split", "shards", "export
 Router = Literal["two_level", "top_k", "top_p", "grouped_top_k"]
 
 
-_CALIBRATION = {
-    "calibration_config": None,
-    "calibration_split": "train",
-    "calibration_column": "text",
-    "calibration_tokens": 131072,
-    "calibration_length": 1024,
-}
-"""Options that go with `calibration`, and their defaults."""
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
+def _option(default, text: str, with_calibration=None):
+    """A field of [`Recipe`]; `with_calibration` is its default where calibration data is given."""
+    return field(default=default, metadata={"help": text, "with_calibration": with_calibration})
 
 
 @strict
@@ -49,10 +40,10 @@ class Recipe:
     pad: bool | None = _option(None, "pad every expert to the largest width (export)")
     calibration: str | None = _option(None, "text: a Hub id, a folder, or a txt, jsonl, json, csv or parquet file")
     calibration_config: str | None = _option(None, "configuration of the data set, where it has several")
-    calibration_split: str | None = _option(None, "split of the data set (default: train)")
-    calibration_column: str | None = _option(None, "column of the text (default: text)")
-    calibration_tokens: int | None = _option(None, "tokens to read, an eighth of which is held out (default: 131072)")
-    calibration_length: int | None = _option(None, "tokens of a sequence (default: 1024)")
+    calibration_split: str | None = _option(None, "split of the data set", "train")
+    calibration_column: str | None = _option(None, "column of the text", "text")
+    calibration_tokens: int | None = _option(None, "tokens to read, an eighth of which is held out", 131072)
+    calibration_length: int | None = _option(None, "tokens of a sequence", 1024)
     revision: str | None = _option(None, "revision of a source on the Hub")
     seed: int = _option(0, "seed of everything drawn at random")
     max_kl: float | int | None = _option(None, "fail above this mean KL divergence of the logits, in nats per token")
@@ -91,12 +82,14 @@ def load_recipe(path: str | None, **options) -> Recipe:
     for name in ("source", "output", "mode"):
         if not getattr(recipe, name):
             raise ValueError(f"`{name}` is missing: give it on the command line or in the recipe")
-    for name, default in _CALIBRATION.items():
-        value = getattr(recipe, name)
+    for option in fields(Recipe):
+        name, value = option.name, getattr(recipe, option.name)
+        if not name.startswith("calibration_"):
+            continue
         if value is not None and recipe.calibration is None:
             raise ValueError(f"`{name}` needs `calibration`: name the data set, or leave it out")
         if value is None and recipe.calibration is not None:
-            setattr(recipe, name, default)
+            setattr(recipe, name, option.metadata["with_calibration"])
         elif isinstance(value, int) and value < 2:
             raise ValueError(f"`{name}` is {value}: it must be at least 2 tokens")
     if not 0 <= recipe.seed < 2**31:

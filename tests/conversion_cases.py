@@ -1,6 +1,7 @@
 """Small checkpoints of every source of `mohge convert`, and what its tests look at."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,12 @@ DENSE = {
     ),
 }
 SOURCES = {**MIXTURES, **DENSE}
+
+TWO_EACH = ["--experts-per-group", "2"]
+DENSE_OPTIONS = ["--widths", "44,51", *TWO_EACH, "--top-k", "2"]
+COPY = ["--mode", "copy", *DENSE_OPTIONS]
+REGROUP = ["--mode", "regroup", *TWO_EACH]
+TRIM = ["--mode", "trim", "--widths", "12,20,28", *TWO_EACH]
 
 
 def make_source(
@@ -264,3 +271,22 @@ def assert_narrowed(expert: tuple[torch.Tensor, ...], source: tuple[torch.Tensor
     assert down.abs().max() > 0
     assert not torch.equal(down, source[2][:, kept])  # refitted
     return kept
+
+
+def assert_refused(arguments, folder, capsys) -> str:
+    """The command exits with 2, changes nothing below `folder` and says why on one line. Returns that line without the
+    path of `folder`, which has words of its own."""
+    before = tree(folder)
+    capsys.readouterr()
+    try:
+        status = convert(*arguments)
+    except SystemExit as error:  # argparse
+        status = error.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert tree(folder) == before
+    lines = printed.err.splitlines()
+    usage = r"mohge( convert)?: error: " if lines[0].startswith("usage: mohge") else None
+    assert re.match(usage or "mohge convert: ", lines[-1])
+    assert usage or len(lines) == 1
+    return lines[-1].partition(": ")[2].replace(str(folder), "FOLDER")

@@ -7,7 +7,11 @@ import pytest
 import torch
 import yaml
 from conversion_cases import (
+    COPY,
+    REGROUP,
+    TRIM,
     add_tokenizer,
+    assert_refused,
     assert_same_tensors,
     calibration,
     convert,
@@ -20,7 +24,6 @@ from conversion_cases import (
 )
 from model_cases import assert_close, make_model
 from safetensors.torch import save_file
-from test_convert_input import COPY, REGROUP, TRIM, assert_refused
 from transformers import AutoTokenizer
 
 from mohge import MoHGEConfig

@@ -8,7 +8,13 @@ import sys
 
 import pytest
 from conversion_cases import (
+    COPY,
+    DENSE_OPTIONS,
+    REGROUP,
+    TRIM,
+    TWO_EACH,
     add_tokenizer,
+    assert_refused,
     calibration,
     convert,
     load,
@@ -22,13 +28,6 @@ from safetensors.torch import load_file, save_file
 from mohge.info import parameter_counts
 
 
-TWO_EACH = ["--experts-per-group", "2"]
-DENSE = ["--widths", "44,51", *TWO_EACH, "--top-k", "2"]
-COPY = ["--mode", "copy", *DENSE]
-REGROUP = ["--mode", "regroup", *TWO_EACH]
-TRIM = ["--mode", "trim", "--widths", "12,20,28", *TWO_EACH]
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
@@ -38,25 +37,6 @@ def sources(tmp_path_factory):
     trained_on = calibration(folder / "rows.jsonl")
     assert convert(folder / "olmoe", folder / "trimmed", *TRIM, *trained_on) == 0
     return folder
-
-
-def assert_refused(arguments, folder, capsys) -> str:
-    """The command exits with 2, changes nothing below `folder` and says why on one line. Returns that line without the
-    path of `folder`, which has words of its own."""
-    before = tree(folder)
-    capsys.readouterr()
-    try:
-        status = convert(*arguments)
-    except SystemExit as error:  # argparse
-        status = error.code
-    printed = capsys.readouterr()
-    assert status == 2
-    assert tree(folder) == before
-    lines = printed.err.splitlines()
-    usage = r"mohge( convert)?: error: " if lines[0].startswith("usage: mohge") else None
-    assert re.match(usage or "mohge convert: ", lines[-1])
-    assert usage or len(lines) == 1
-    return lines[-1].partition(": ")[2].replace(str(folder), "FOLDER")
 
 
 def shards(source):
@@ -161,7 +141,7 @@ OPTIONS = {
     "regroup of a dense model": ("llama", REGROUP, r"regroup.*llama|llama.*regroup"),
     "trim of a dense model": ("llama", TRIM, r"trim.*llama|llama.*trim"),
     "copy of a mixture": ("olmoe", COPY, r"copy.*olmoe|olmoe.*copy"),
-    "shards of a mixture": ("olmoe", ["--mode", "shards", *DENSE[:4]], r"shards.*olmoe|olmoe.*shards"),
+    "shards of a mixture": ("olmoe", ["--mode", "shards", *DENSE_OPTIONS[:4]], r"shards.*olmoe|olmoe.*shards"),
     "regroup of MoHGE": ("mohge", REGROUP, r"regroup.*mohge|mohge.*regroup"),
     "export of a dense model": ("llama", ["--mode", "export"], r"export.*llama|llama.*export"),
     "export of what was not regrouped": ("mohge", ["--mode", "export"], "regroup"),
@@ -170,25 +150,25 @@ OPTIONS = {
     "experts that do not divide": ("olmoe", ["--mode", "regroup", "--experts-per-group", "4"], r"\b6\b"),
     "trimmed experts that miss the source's": ("olmoe", [*TRIM, "--experts-per-group", "2,2,1"], r"\b6\b"),
     "shards that miss the width": ("llama", ["--mode", "shards", "--widths", "12,31", *TWO_EACH], r"\b44\b"),
-    "split above the width": ("llama", ["--mode", "split", *DENSE, "--widths", "20,24"], r"\b44\b"),
+    "split above the width": ("llama", ["--mode", "split", *DENSE_OPTIONS, "--widths", "20,24"], r"\b44\b"),
     "descending widths": ("llama", [*COPY, "--widths", "51,44"], "ascend|51"),
     "width of zero": ("llama", [*COPY, "--widths", "0,44"], "width"),
     "widths that are no numbers": ("llama", [*COPY, "--widths", "44,wide"], "width"),
-    "no widths": ("llama", ["--mode", "copy", *DENSE[2:]], "width"),
+    "no widths": ("llama", ["--mode", "copy", *DENSE_OPTIONS[2:]], "width"),
     "more counts than widths": ("llama", [*COPY, "--experts-per-group", "2,2,2"], "experts.per.group"),
     "more experts per token than experts": ("llama", [*COPY, "--top-k", "5"], r"\b5\b"),
     "more groups per token than groups": ("llama", [*COPY, "--top-groups", "3"], r"\b3\b"),
     "unknown router": ("llama", [*COPY, "--router", "nonsense"], "nonsense"),
     "fraction above one": ("llama", [*COPY, "--reinit", "1.5"], "reinit"),
     "widths of a regroup": ("olmoe", [*REGROUP, "--widths", "20,20,20"], "widths"),
-    "reinit of residual": ("llama", ["--mode", "residual", *DENSE, "--reinit", "0.5"], "reinit"),
+    "reinit of residual": ("llama", ["--mode", "residual", *DENSE_OPTIONS, "--reinit", "0.5"], "reinit"),
     "unknown device": ("llama", [*COPY, "--device", "nonsense"], "nonsense"),
     "trim without calibration": ("olmoe", TRIM, "calibration"),
-    "split without calibration": ("llama", ["--mode", "split", *DENSE, "--widths", "3,6"], "calibration"),
+    "split without calibration": ("llama", ["--mode", "split", *DENSE_OPTIONS, "--widths", "3,6"], "calibration"),
     "narrow copy without calibration": ("llama", [*COPY, "--widths", "20,44"], "calibration"),
     "narrow residual without calibration": (
         "llama",
-        ["--mode", "residual", *DENSE, "--widths", "20,44"],
+        ["--mode", "residual", *DENSE_OPTIONS, "--widths", "20,44"],
         "calibration",
     ),
 }

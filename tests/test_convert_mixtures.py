@@ -11,6 +11,7 @@ from conversion_cases import (
     EXPERTS,
     IDS,
     MIXTURES,
+    TRIM,
     assert_all_neurons,
     assert_narrowed,
     assert_same_tensors,
@@ -223,9 +224,6 @@ def test_padded_export_has_one_width(name, tmp_path):
     assert report["exact"] is report["passed"] is True
     assert report["parameters"]["after"]["total"] == padded.num_parameters() > source.num_parameters()
     assert report["parameters"]["before"]["total"] == source.num_parameters()
-
-
-TRIM = ["--mode", "trim", "--widths", "12,20,28", "--experts-per-group", "2"]
 
 
 @pytest.mark.parametrize("name", ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe_sparse_step"])

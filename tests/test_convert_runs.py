@@ -14,6 +14,7 @@ import torch
 import yaml
 from conversion_cases import (
     IDS,
+    REGROUP,
     add_tokenizer,
     assert_same_tensors,
     calibration,
@@ -32,7 +33,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 COPY = ["--mode", "copy", "--widths", "44,51", "--experts-per-group", "2", "--top-k", "2"]
-REGROUP = ["--mode", "regroup", "--experts-per-group", "2"]
 
 
 def test_recipe_and_command_line(tmp_path):

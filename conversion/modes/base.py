@@ -1,5 +1,6 @@
 """What the modes have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -38,7 +39,7 @@ class Converted(NamedTuple):
     source's weights, and of its error without and with refit."""
 
 
-class Mode:
+class Mode(ABC):
     """
     A way to convert a checkpoint. A subclass for each entry of `Recipe.mode`.
 
@@ -89,9 +90,9 @@ class Mode:
         return True
 
     @property
+    @abstractmethod
     def reason(self) -> str:
         """Why it is exact or not."""
-        raise NotImplementedError
 
     @property
     def needs_calibration(self) -> str:
@@ -112,17 +113,17 @@ class Mode:
                 chosen[option] = getattr(config, _FIELDS[option])
         return replace(self.recipe, **chosen)
 
+    @abstractmethod
     def make_target(self) -> Architecture:
         """The architecture of the result, with its config."""
-        raise NotImplementedError
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> Any:
         """What `convert` needs to know of calibration tokens; `run` may be called several times, or not at all."""
         return None
 
-    def convert(self, layer: Layer, weights: LayerWeights, statistics: Any) -> "Converted":
+    @abstractmethod
+    def convert(self, layer: Layer, weights: LayerWeights, statistics: Any) -> Converted:
         """The layer of the result."""
-        raise NotImplementedError
 
     def expert_counts(self, total: int, groups: int | None = None) -> list[int]:
         """Experts in each group, of a source that has `total`; by default as many in each of `groups`."""
@@ -146,8 +147,7 @@ class Mode:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
-            MODES[cls.name] = cls
+        MODES[cls.name] = cls
 
 
 MODES: dict[str, type[Mode]] = {}
