@@ -9,23 +9,36 @@ Shapes: S = T K pairs of a token and an expert, G groups, N_g experts of width W
 
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
+from transformers.utils import logging
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
+
+
+try:
+    import mohge_kernels
+except ImportError:  # this file also travels with checkpoints
+    mohge_kernels = None
+
+logger = logging.get_logger(__name__)
+
+_OWN_IMPLEMENTATIONS = ("mohge", "mohge_prepacked")
 
 
 class HeterogeneousExpertsInterface(ExpertsInterface):
     """
-    What `experts_implementation` means for groups of different width: `"grouped_mm"` is `grouped_mm_forward` below,
-    and any other function in transformers' `ALL_EXPERTS_FUNCTIONS`, each written for experts of one width, runs once
-    for each group.
+    What `experts_implementation` means for groups of different width: `"mohge"` (the default), `"mohge_prepacked"` and
+    `"grouped_mm"` are the functions below, and any other in transformers' `ALL_EXPERTS_FUNCTIONS`, each written for
+    experts of one width, runs once for each group.
     """
 
     def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
+        if experts_implementation in _OWN_IMPLEMENTATIONS:
+            return mohge_forward
         function = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
         if function is default:
             return default
@@ -34,8 +47,15 @@ class HeterogeneousExpertsInterface(ExpertsInterface):
         return partial(per_group_forward, function=function)
 
 
-_FEW_PAIRS = 16
-"""Up to this many pairs, `_pair_by_pair` was the faster one (measured on two cores, hidden sizes 512 and 1024)."""
+def _refuse_other_models(experts: nn.Module, *args):
+    raise ValueError(
+        f'`experts_implementation="{experts.config._experts_implementation}"` is for MoHGE models, and '
+        f'{type(experts).__name__} belongs to another: choose "grouped_mm"'
+    )
+
+
+for name in _OWN_IMPLEMENTATIONS:  # transformers accepts no name that is not registered
+    ALL_EXPERTS_FUNCTIONS.register(name, _refuse_other_models)
 
 
 class _SortedPairs:
@@ -63,74 +83,94 @@ class _SortedPairs:
         return (weights_TK.to(rows_TKH.dtype).unsqueeze(1) @ rows_TKH).squeeze(1)
 
 
+def mohge_forward(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    The kernels of `mohge_kernels`; `grouped_mm_forward` where there are none, with one warning that says why.
+
+    `"mohge_prepacked"` is for inference on CPU: with copies of the weights in oneDNN's own layout, which take the
+    memory of the experts once more. They are made anew when a weight changes, but changes of `.data` are not seen.
+    """
+    gate_up, down = map(list, zip(*experts.groups(), strict=True))
+    dtype = _compute_dtype(hidden_states, gate_up[0])
+    reason = _reason_against_kernels(experts, gate_up + down, dtype)
+    if reason is not None:
+        if not is_torchdynamo_compiling():
+            logger.warning_once(
+                f'`experts_implementation="mohge"`: {reason}. "grouped_mm" runs instead; ask for it to silence this.'
+            )
+        return grouped_mm_forward(experts, hidden_states, top_k_index, top_k_weights)
+    packed = None
+    if experts.config._experts_implementation == "mohge_prepacked" and dtype == gate_up[0].dtype:
+        packed = _packed_experts(experts, gate_up, down)
+    if top_k_weights.dtype != dtype:
+        top_k_weights = top_k_weights.float()
+    output = mohge_kernels.swiglu_experts(
+        hidden_states.to(dtype),
+        [stack.to(dtype) for stack in gate_up],
+        [stack.to(dtype) for stack in down],
+        top_k_index,
+        top_k_weights,
+        key_of_expert=experts.key_of_expert[: experts.num_experts],
+        keys_per_group=experts.keys_per_group,
+        packed=packed,
+    )
+    return output.to(hidden_states.dtype)
+
+
+def _reason_against_kernels(experts: nn.Module, stacks: list[torch.Tensor], dtype: torch.dtype) -> str | None:
+    if mohge_kernels is None:
+        return "the package mohge, with its kernels, is not installed"
+    if experts.hidden_act != "silu":
+        return f'there are no kernels for `hidden_act="{experts.hidden_act}"`, only for "silu"'
+    if any(type(stack) not in (torch.Tensor, nn.Parameter) or not stack.is_contiguous() for stack in stacks):
+        return "the experts' weights are no plain contiguous tensors"
+    return mohge_kernels.reason_against(stacks[0].device, dtype)
+
+
+_PACKED: "WeakKeyDictionary[nn.Module, tuple[list, mohge_kernels.PackedExperts]]" = WeakKeyDictionary()
+
+
+def _packed_experts(experts: nn.Module, gate_up: list[torch.Tensor], down: list[torch.Tensor]):
+    """The packed copies of the weights, made anew where these have changed; None where nothing can use them."""
+    if torch.is_grad_enabled() or is_torchdynamo_compiling() or gate_up[0].device.type != "cpu":
+        return None
+    version = [(stack.data_ptr(), 0 if stack.is_inference() else stack._version) for stack in gate_up + down]
+    if experts not in _PACKED or _PACKED[experts][0] != version:
+        _PACKED.pop(experts, None)  # the old copies go before the new ones come
+        _PACKED[experts] = version, mohge_kernels.PackedExperts(gate_up, down)
+    return _PACKED[experts][1]
+
+
 def grouped_mm_forward(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """One sort of all pairs, then `torch.nn.functional.grouped_mm` over the experts of each group."""
-    keys_TK = experts.sort_keys(top_k_index)
-    gate_up, down = map(list, zip(*experts.groups(), strict=True))
-    if not is_torchdynamo_compiling():
-        output = _grouped(hidden_states, keys_TK, top_k_weights, gate_up, down, experts.keys_per_group, experts.act_fn)
-    # The group sizes must reach the host, which a graph without breaks cannot express: hide it in an operator.
-    elif experts.hidden_act == "silu":
-        output = torch.ops.mohge.grouped_swiglu(
-            hidden_states, keys_TK, top_k_weights, gate_up, down, experts.keys_per_group
-        )
-    else:
-        output = per_group_forward(
+    if is_torchdynamo_compiling():  # the sizes of the groups must reach the host
+        return per_group_forward(
             experts, hidden_states, top_k_index, top_k_weights, function=grouped_mm_experts_forward
         )
-    return output.to(hidden_states.dtype)
-
-
-def _grouped(
-    hidden_states: torch.Tensor,
-    keys_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    keys_per_group: int,
-    act_fn: Callable,
-) -> torch.Tensor:
-    dtype = gate_up[0].dtype
-    if torch.is_autocast_enabled(hidden_states.device.type):  # grouped_mm does not follow autocast by itself
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    if 0 < keys_TK.numel() <= _FEW_PAIRS and keys_TK.device.type == "cpu" and not torch.is_grad_enabled():
-        return _pair_by_pair(hidden_states.to(dtype), keys_TK, weights_TK, gate_up, down, keys_per_group, act_fn)
-    pairs = _SortedPairs(keys_TK, [w.shape[0] for w in gate_up], keys_per_group)
+    groups = experts.groups()
+    dtype = _compute_dtype(hidden_states, groups[0][0])  # grouped_mm does not follow autocast by itself
+    pairs = _SortedPairs(
+        experts.sort_keys(top_k_index), [gate_up.shape[0] for gate_up, _ in groups], experts.keys_per_group
+    )
     rows = []
-    for rows_in, offsets, gate_up_g, down_g in zip(
-        pairs.gather(hidden_states.to(dtype)), pairs.offsets, gate_up, down, strict=True
+    for rows_in, offsets, (gate_up, down) in zip(
+        pairs.gather(hidden_states.to(dtype)), pairs.offsets, groups, strict=True
     ):
         if rows_in.shape[0] == 0 and not torch.is_grad_enabled():  # with gradients, every group needs one
             rows.append(rows_in)
             continue
-        gate, up = _grouped_linear(rows_in, gate_up_g.to(dtype), offsets).chunk(2, dim=-1)
-        rows.append(_grouped_linear(act_fn(gate) * up, down_g.to(dtype), offsets))
-    return pairs.combine(rows, weights_TK)
+        gate, up = _grouped_linear(rows_in, gate_up.to(dtype), offsets).chunk(2, dim=-1)
+        rows.append(_grouped_linear(experts.act_fn(gate) * up, down.to(dtype), offsets))
+    return pairs.combine(rows, top_k_weights).to(hidden_states.dtype)
 
 
-def _pair_by_pair(
-    hidden_states: torch.Tensor,
-    keys_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    keys_per_group: int,
-    act_fn: Callable,
-) -> torch.Tensor:
-    """`_grouped` for the few pairs of a decoding step on CPU, where sorting would take longer than the products."""
-    rows = []
-    for pair, key in enumerate(keys_TK.flatten().tolist()):
-        group, slot = divmod(key, keys_per_group)
-        row = hidden_states[pair // keys_TK.shape[1]]
-        if group == len(gate_up):
-            rows.append(torch.zeros_like(row))
-            continue
-        gate, up = F.linear(row, gate_up[group][slot].to(row.dtype)).chunk(2)
-        rows.append(F.linear(act_fn(gate) * up, down[group][slot].to(row.dtype)))
-    rows_TKH = torch.stack(rows).view(*keys_TK.shape, hidden_states.shape[1])
-    return (weights_TK.to(rows_TKH.dtype).unsqueeze(1) @ rows_TKH).squeeze(1)
+def _compute_dtype(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -139,94 +179,6 @@ def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Ten
     if aligned and weight.dtype != torch.float64:
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
     return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), offsets)
-
-
-def _grouped_swiglu(
-    hidden_states: torch.Tensor,
-    keys: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    keys_per_group: int,
-) -> torch.Tensor:
-    return _grouped(hidden_states, keys, weights, gate_up, down, keys_per_group, F.silu)
-
-
-def _grouped_swiglu_backward(
-    grad_output: torch.Tensor,
-    hidden_states: torch.Tensor,
-    keys: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: list[torch.Tensor],
-    down: list[torch.Tensor],
-    keys_per_group: int,
-) -> list[torch.Tensor]:
-    """Gradients of hidden states, weights and every matrix. Computes the activations again; autograd does not record
-    inside an operator, so the formulas stand here."""
-    dtype = gate_up[0].dtype
-    linear_backward = torch.ops.transformers.grouped_mm_fallback_backward
-    pairs = _SortedPairs(keys, [w.shape[0] for w in gate_up], keys_per_group)
-    weights_S = weights.flatten().index_select(0, pairs.order_S).to(dtype).unsqueeze(1)
-    d_rows, d_weights, d_gate_up, d_down = [], [], [], []
-    for rows_in, d_out, weight, offsets, gate_up_g, down_g in zip(
-        pairs.gather(hidden_states.to(dtype)),
-        pairs.gather(grad_output.to(dtype)),
-        weights_S.split(pairs.sizes)[:-1],
-        pairs.offsets,
-        gate_up,
-        down,
-        strict=True,
-    ):
-        gate, up = _grouped_linear(rows_in, gate_up_g, offsets).chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        activation = silu * up
-        d_weights.append((d_out * _grouped_linear(activation, down_g, offsets)).sum(1))
-        d_activation, d_down_g = linear_backward(activation, down_g.transpose(1, 2), offsets, d_out * weight)
-        d_gate = d_activation * up * (sigmoid + silu * (1 - sigmoid))
-        d_projection = torch.cat([d_gate, d_activation * silu], dim=1)
-        d_rows_g, d_gate_up_g = linear_backward(rows_in, gate_up_g.transpose(1, 2), offsets, d_projection)
-        d_rows.append(d_rows_g)
-        d_gate_up.append(d_gate_up_g.transpose(1, 2).contiguous())
-        d_down.append(d_down_g.transpose(1, 2).contiguous())
-    chosen_S = pairs.order_S[: pairs.order_S.numel() - pairs.sizes[-1]]
-    d_hidden = torch.zeros_like(hidden_states, dtype=dtype)
-    d_hidden.index_add_(0, chosen_S // keys.shape[1], torch.cat(d_rows))
-    d_weights_TK = torch.zeros_like(weights).flatten()
-    d_weights_TK[chosen_S] = torch.cat(d_weights).to(weights.dtype)
-    return [d_hidden.to(hidden_states.dtype), d_weights_TK.view(weights.shape), *d_gate_up, *d_down]
-
-
-def _register_operators():
-    """`mohge::grouped_swiglu` and its backward, for torch.compile."""
-    forward = torch.library.custom_op("mohge::grouped_swiglu", _grouped_swiglu, mutates_args=())
-    backward = torch.library.custom_op("mohge::grouped_swiglu_backward", _grouped_swiglu_backward, mutates_args=())
-
-    @forward.register_fake
-    def _(hidden_states, keys, weights, gate_up, down, keys_per_group):
-        return torch.empty_like(hidden_states, dtype=gate_up[0].dtype)
-
-    @backward.register_fake
-    def _(grad_output, hidden_states, keys, weights, gate_up, down, keys_per_group):
-        return [torch.empty_like(tensor) for tensor in (hidden_states, weights, *gate_up, *down)]
-
-    def setup_context(ctx, inputs, output):
-        hidden_states, keys, weights, gate_up, down, ctx.keys_per_group = inputs
-        ctx.save_for_backward(hidden_states, keys, weights, *gate_up, *down)
-
-    def run_backward(ctx, grad_output):
-        hidden_states, keys, weights, *matrices = ctx.saved_tensors
-        groups = len(matrices) // 2
-        d_hidden, d_weights, *d_matrices = torch.ops.mohge.grouped_swiglu_backward(
-            grad_output, hidden_states, keys, weights, matrices[:groups], matrices[groups:], ctx.keys_per_group
-        )
-        return d_hidden, None, d_weights, d_matrices[:groups], d_matrices[groups:], None
-
-    forward.register_autograd(run_backward, setup_context=setup_context)
-
-
-if not hasattr(torch.ops.mohge, "grouped_swiglu"):  # a checkpoint's own copy of this file may have been first
-    _register_operators()
 
 
 def per_group_forward(
@@ -243,7 +195,7 @@ def per_group_forward(
     those of other groups are masked the way expert parallelism masks those of other ranks: local id `N_g`, weight 0.
     """
     keys_TK = experts.sort_keys(top_k_index)
-    views = [_view_of_group(experts, gate_up, down) for gate_up, down in experts.groups()]
+    views = [_GroupOfExperts(experts, gate_up, down) for gate_up, down in experts.groups()]
     if is_torchdynamo_compiling() or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
         output = torch.zeros_like(hidden_states)
         for group, view in enumerate(views):
@@ -264,23 +216,24 @@ def per_group_forward(
     return pairs.combine(rows, top_k_weights).to(hidden_states.dtype)
 
 
-def _view_of_group(experts: nn.Module, gate_up: torch.Tensor, down: torch.Tensor) -> SimpleNamespace:
+class _GroupOfExperts:
     """What a function for experts of one width reads of its module."""
-    return SimpleNamespace(
-        gate_up_proj=gate_up,
-        down_proj=down,
-        num_experts=gate_up.shape[0],
-        act_fn=experts.act_fn,
-        has_gate=True,
-        has_bias=False,
-        has_post_expert_norm=False,
-        is_concatenated=True,
-        is_transposed=False,
-        config=experts.config,
-        training=experts.training,
-        _apply_gate=experts._apply_gate,
-        _is_expert_parallel=True,
-    )
+
+    has_gate = True
+    has_bias = False
+    has_post_expert_norm = False
+    is_concatenated = True
+    is_transposed = False
+    _is_expert_parallel = True
+
+    def __init__(self, experts: nn.Module, gate_up: torch.Tensor, down: torch.Tensor):
+        self.gate_up_proj = gate_up
+        self.down_proj = down
+        self.num_experts = gate_up.shape[0]
+        self.act_fn = experts.act_fn
+        self.config = experts.config
+        self.training = experts.training
+        self._apply_gate = experts._apply_gate
 
 
 if is_torch_distributed_available():
@@ -308,4 +261,4 @@ if is_torch_distributed_available():
 
     ALL_PARALLEL_STYLES.register("heterogeneous_experts", HeterogeneousExpertsShard())
 
-__all__ = ["HeterogeneousExpertsInterface", "grouped_mm_forward", "per_group_forward"]
+__all__ = ["HeterogeneousExpertsInterface", "grouped_mm_forward", "mohge_forward", "per_group_forward"]

@@ -356,6 +356,10 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         if config.router_logit_ema_strength:
             self._keep_in_fp32_modules_strict = {"logit_ema_E", "logit_pending"}
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
+        return super().get_correct_experts_implementation(requested_experts or "mohge")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

@@ -1,19 +1,23 @@
 """Every implementation of the experts against a dense float64 loop written from the definition."""
 
 import copy
+import gc
 import math
+import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from mohge import MoHGEConfig
+from mohge import MoHGEConfig, experts_mohge
 from mohge.modeling_mohge import MoHGEExperts
 
 
-IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", "mohge", "mohge_prepacked"]
+COMPILED = pytest.mark.parametrize("implementation", ["grouped_mm", "mohge", "mohge_prepacked"])
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -364,9 +368,10 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "empty_middle_group", "masked_slots"])
-def test_compiled_grouped_mm_equals_eager_mode(name):
+@COMPILED
+def test_compiled_equals_eager_mode(implementation, name):
     case = CASES[name]
-    experts = make_experts(case, torch.float32, "grouped_mm")
+    experts = make_experts(case, torch.float32, implementation)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     inputs = make_inputs(case, torch.float32)
     actual = forward_and_backward(compiled, dict(experts.named_parameters()), *inputs)
@@ -375,8 +380,9 @@ def test_compiled_grouped_mm_equals_eager_mode(name):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_for_any_number_of_tokens():
-    experts = make_experts(Case(), torch.float32, "grouped_mm")
+@COMPILED
+def test_compiled_for_any_number_of_tokens(implementation):
+    experts = make_experts(Case(), torch.float32, implementation)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (5, 9, 2):
         case = Case(tokens=tokens)
@@ -387,9 +393,10 @@ def test_compiled_for_any_number_of_tokens():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("inside", [False, True], ids=["autocast_around_call", "autocast_inside_function"])
-def test_compiled_under_autocast(inside):
+@COMPILED
+def test_compiled_under_autocast(implementation, inside):
     case = Case()
-    experts = make_experts(case, torch.float32, "grouped_mm")
+    experts = make_experts(case, torch.float32, implementation)
     inputs = make_inputs(case, torch.float32)
 
     def function(*arguments):
@@ -404,9 +411,10 @@ def test_compiled_under_autocast(inside):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_with_frozen_weights():
+@COMPILED
+def test_compiled_with_frozen_weights(implementation):
     case = Case()
-    experts = make_experts(case, torch.float32, "grouped_mm").requires_grad_(False)
+    experts = make_experts(case, torch.float32, implementation).requires_grad_(False)
     compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
     hidden_states, index, weights, grad_output = inputs = make_inputs(case, torch.float32)
     expected = run_reference(case, experts, inputs)
@@ -417,21 +425,6 @@ def test_compiled_with_frozen_weights():
         {"d hidden_states": expected["d hidden_states"]},
         RELATIVE_ERROR[torch.float32],
     )
-
-
-@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "masked_slots"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_operators_pass_opcheck(name, dtype):
-    case = CASES[name]
-    experts = make_experts(case, dtype, "grouped_mm")
-    hidden_states, index, weights, grad_output = make_inputs(case, dtype)
-    gate_up, down = map(list, zip(*experts.groups(), strict=True))
-    keys = experts.sort_keys(index)
-    arguments = (hidden_states, keys, weights, gate_up, down, experts.keys_per_group)
-    differentiable = (hidden_states.clone().requires_grad_(), keys, weights.clone().requires_grad_(), *arguments[3:])
-    torch.library.opcheck(torch.ops.mohge.grouped_swiglu, differentiable)
-    with torch.no_grad():
-        torch.library.opcheck(torch.ops.mohge.grouped_swiglu_backward, (grad_output, *arguments))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6, 40], ids=["one", "few", "one_more_than_few", "many"])
@@ -446,3 +439,114 @@ def test_inference_without_gradients(implementation, name, tokens):
     with torch.no_grad():
         expected = reference(case, parameters, inputs[0].double(), inputs[1], inputs[2].double())
         assert_close({"output": experts(*inputs)}, {"output": expected}, RELATIVE_ERROR[torch.float32])
+
+
+# The kernels
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def warnings_of_experts(monkeypatch) -> list[str]:
+    messages = []
+    monkeypatch.setattr(experts_mohge.logger, "warning_once", messages.append)
+    return messages
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_run_where_there_are_some(dtype, warnings_of_experts):
+    experts, inputs = make_experts(Case(), dtype, "mohge"), make_inputs(Case(), dtype)
+    with Operators() as called:
+        experts(*inputs[:3])
+    assert "mohge_kernels::swiglu_experts" in called.names
+    assert not warnings_of_experts
+
+
+def without_kernels(experts, monkeypatch):
+    monkeypatch.setattr(experts_mohge, "mohge_kernels", None)
+
+
+def with_another_activation(experts, monkeypatch):
+    experts.hidden_act, experts.act_fn = "gelu", torch.nn.GELU()
+
+
+def with_strided_weights(experts, monkeypatch):
+    stack = experts.gate_up_proj_1
+    stack.data = stack.data.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_another_dtype(experts, monkeypatch):
+    experts.double()
+
+
+@pytest.mark.parametrize("implementation", ["mohge", "mohge_prepacked"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without_kernels, "not installed"),
+        (with_another_activation, "gelu"),
+        (with_strided_weights, "contiguous"),
+        (with_another_dtype, "float64"),
+    ],
+)
+def test_falls_back_with_one_warning(change, reason, implementation, monkeypatch, warnings_of_experts):
+    experts, inputs = make_experts(Case(), torch.float32, implementation), make_inputs(Case(), torch.float32)
+    change(experts, monkeypatch)
+    hidden_states, index, weights, _ = inputs
+    hidden_states, weights = (x.to(experts.gate_up_proj_0.dtype) for x in (hidden_states, weights))
+    with Operators() as called, torch.no_grad():
+        output = experts(hidden_states, index, weights)
+    assert "mohge_kernels::swiglu_experts" not in called.names
+    assert len(warnings_of_experts) == 1
+    assert reason in warnings_of_experts[0]
+    assert "grouped_mm" in warnings_of_experts[0]
+    experts.config._experts_implementation = "eager"
+    with torch.no_grad():
+        assert_close({"output": output}, {"output": experts(hidden_states, index, weights)}, 1e-5)
+
+
+def test_packed_copies_follow_the_weights_and_the_module():
+    experts, inputs = make_experts(Case(), torch.float32, "mohge_prepacked"), make_inputs(Case(), torch.float32)
+    packed = weakref.WeakSet()
+    for scale in (1, 2, 3):
+        with torch.no_grad():
+            experts.down_proj_2[3].mul_(scale)
+            experts.gate_up_proj_0.mul_(scale)
+            output = experts(*inputs[:3])
+        packed.add(experts_mohge._PACKED[experts][1])
+        expected = run_reference(Case(), experts, inputs)
+        assert_close({"output": output}, {"output": expected["output"]}, RELATIVE_ERROR[torch.float32])
+    gc.collect()
+    assert len(packed) == 1  # the copies of former weights are gone
+    with torch.no_grad():
+        experts(*inputs[:3])
+    assert experts_mohge._PACKED[experts][1] in packed  # nothing changed, so they are used again
+    copy.deepcopy(experts)
+    del experts
+    gc.collect()
+    assert not packed
+
+
+def test_packed_copies_are_for_inference():
+    experts, inputs = make_experts(Case(), torch.float32, "mohge_prepacked"), make_inputs(Case(), torch.float32)
+    run(experts, inputs)
+    assert experts not in experts_mohge._PACKED
+
+
+@pytest.mark.parametrize("name", ["mohge", "mohge_prepacked"])
+def test_other_models_are_refused(name):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    config = OlmoeConfig(**sizes, num_hidden_layers=1, num_attention_heads=1)
+    model = OlmoeForCausalLM._from_config(config, experts_implementation=name)
+    with pytest.raises(ValueError, match=r"is for MoHGE models.*choose"):
+        model(torch.tensor([[1, 2]]))

@@ -37,7 +37,7 @@ def test_exactly_one_kind_of_input():
 @pytest.mark.parametrize("name", ["two_level", "top_p"])
 def test_experts_implementations_agree(name):
     model = make_model(**VARIANTS[name])
-    assert model.config._experts_implementation == "grouped_mm"  # the default
+    assert model.config._experts_implementation == "mohge"  # the default
     logits = {}
     with torch.no_grad():
         for implementation in ("grouped_mm", "eager", "batched_mm"):

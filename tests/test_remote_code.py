@@ -60,6 +60,8 @@ for path in map(Path, sys.argv[1:]):
         for implementation in ("grouped_mm", "eager", "batched_mm"):
             model.set_experts_implementation(implementation)
             logits[implementation] = model(expected["input_ids"]).logits
+        model.set_experts_implementation("mohge")  # the default, here without its kernels
+        without_kernels = model(expected["input_ids"]).logits
         base.set_experts_implementation("eager")
         hidden = base(expected["input_ids"]).last_hidden_state
         generated = model.generate(expected["input_ids"], max_new_tokens=4, do_sample=False)
@@ -72,6 +74,7 @@ for path in map(Path, sys.argv[1:]):
         "modules": [type(x).__module__ for x in (config, model, base)],
         "classes": [type(x).__name__ for x in (config, model, base)],
         "same_logits": {name: torch.equal(value, expected["logits"][name]) for name, value in logits.items()},
+        "falls_back": torch.equal(without_kernels, expected["logits"]["grouped_mm"]),
         "same_hidden": torch.equal(model.lm_head(hidden), expected["logits"]["eager"]),
         "same_tokens": torch.equal(generated, expected["generated"]),
         "loss": loss.item(),
@@ -107,11 +110,15 @@ for path in map(Path, paths):
     for which, model in (("copied", copied), ("installed", installed)):
         with torch.no_grad():
             logits = model(expected["input_ids"]).logits
+            model.set_experts_implementation("grouped_mm")
+            grouped = model(expected["input_ids"]).logits
+            model.set_experts_implementation("mohge")
         compiled = torch.compile(model.model.layers[0].mlp.experts, fullgraph=True, backend="aot_eager")
         inputs = torch.randn(5, 32), torch.arange(15).view(5, 3) % 12, torch.ones(5, 3)
         output, eager = compiled(*inputs), model.model.layers[0].mlp.experts(*inputs)
         report[path.name][which] = {
-            "same_logits": torch.equal(logits, expected["logits"]["grouped_mm"]),
+            "same_logits": torch.equal(logits, expected["logits"]["mohge"])
+            and torch.equal(grouped, expected["logits"]["grouped_mm"]),
             "compiled": torch.allclose(output, eager, rtol=1e-4, atol=1e-6) and bool(eager.abs().max() > 1e-4),
         }
 print(json.dumps(report))
@@ -167,7 +174,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         input_ids = torch.randint(1, 64, (2, 9))
         logits = {}
         with torch.no_grad():
-            for implementation in ("grouped_mm", "eager", "batched_mm"):
+            for implementation in ("mohge", "grouped_mm", "eager", "batched_mm"):
                 model.set_experts_implementation(implementation)
                 logits[implementation] = model(input_ids).logits
             generated = model.generate(input_ids, max_new_tokens=4, do_sample=False)
@@ -204,6 +211,7 @@ def test_loads_where_the_package_is_not_installed(checkpoints, tmp_path):
         assert not loaded["imported"]
         assert loaded["classes"] == ["MoHGEConfig", "MoHGEForCausalLM", "MoHGEModel"]
         assert loaded["same_logits"] == dict.fromkeys(("grouped_mm", "eager", "batched_mm"), True)
+        assert loaded["falls_back"]
         assert loaded["same_hidden"]
         assert loaded["same_tokens"]
         assert loaded["loss"] == pytest.approx(torch.load(path / "expected.pt")["loss"], rel=1e-6)
