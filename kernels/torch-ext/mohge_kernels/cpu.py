@@ -80,8 +80,7 @@ class _Layout:
 
     def matrices(self, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
         """The matrix of each expert that has pairs."""
-        unbound = [stack.unbind() for stack in stacks]
-        return [unbound[group][slot] for group, slot in self.places]
+        return [stacks[group][slot] for group, slot in self.places]
 
     def split(self, tensor_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The rows of each expert."""
@@ -135,16 +134,9 @@ class PackedExperts:
             )
         pack = torch.ops.mkldnn._reorder_linear_weight
         self.gate_up, self.down = (
-            [_Stack(pack(matrix.detach(), _PACKED_FOR_ROWS) for matrix in stack) for stack in stacks]
+            [[pack(matrix.detach(), _PACKED_FOR_ROWS) for matrix in stack] for stack in stacks]
             for stacks in (gate_up, down)
         )
-
-
-class _Stack(tuple):
-    """Matrices that oneDNN keeps apart, where a tensor has them in a stack."""
-
-    def unbind(self) -> tuple[torch.Tensor, ...]:
-        return self
 
 
 _PACKED_FOR_ROWS = 24
@@ -160,16 +152,13 @@ def forward(
     weights: torch.Tensor,
     keys_per_group: int,
     save: bool,
-    packed: PackedExperts | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator `mohge_kernels::swiglu_experts`; `packed` weights replace the others in the products."""
+    """The operator `mohge_kernels::swiglu_experts`."""
     order, position, counts = _sort(index, key_of_expert, len(gate_up) * keys_per_group)
     layout = _Layout(order, position, counts, keys_per_group)
     rows_RH = layout.new_rows(hidden_states)
     saved = _empty((saved_elements(index.numel(), gate_up) if save else 0,), hidden_states)
     projections = layout.split_saved(saved, gate_up) if save else [None] * len(layout.sizes)
-    if packed is not None:
-        gate_up, down = packed.gate_up, packed.down
     for tokens_P, projection, out_PH, gate_up_e, down_e in zip(
         layout.split(layout.tokens_R),
         projections,
@@ -182,6 +171,29 @@ def forward(
         gate, up = projection.chunk(2, dim=-1)
         _linear(F.silu(gate).mul_(up), down_e, out_PH)
     return layout.combine(rows_RH, weights), saved, order, position, counts
+
+
+@torch.no_grad()
+def infer(
+    hidden_states: torch.Tensor,
+    gate_up: list[torch.Tensor] | list[list[torch.Tensor]],
+    down: list[torch.Tensor] | list[list[torch.Tensor]],
+    index: torch.Tensor,
+    key_of_expert: torch.Tensor,
+    weights: torch.Tensor,
+    keys_per_group: int,
+) -> torch.Tensor:
+    """The output alone, for weights in stacks or of `PackedExperts`. A single token needs no sorting."""
+    if index.shape[0] != 1:
+        return forward(hidden_states, gate_up, down, index, key_of_expert, weights, keys_per_group, save=False)[0]
+    keys = key_of_expert.tolist()
+    chosen = [(slot, keys[id]) for slot, id in enumerate(index[0].tolist()) if 0 <= id < len(keys)]
+    rows = hidden_states.new_empty(len(chosen), hidden_states.shape[1])
+    for (_, key), row in zip(chosen, rows.split(1), strict=True):
+        group, slot = divmod(key, keys_per_group)
+        gate, up = _linear(hidden_states, gate_up[group][slot]).chunk(2, dim=-1)
+        _linear(F.silu(gate).mul_(up), down[group][slot], row)
+    return weights[:, [slot for slot, _ in chosen]].to(rows.dtype) @ rows
 
 
 def backward(

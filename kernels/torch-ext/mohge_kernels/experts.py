@@ -62,13 +62,17 @@ def swiglu_experts(
     if key_of_expert is None:
         key_of_expert = _keys_by_group(counts, keys_per_group, top_k_index.device)
     _check_call(hidden_states, gate_up, top_k_index, top_k_weights, key_of_expert, keys_per_group)
-    inputs = hidden_states, gate_up, down, top_k_index, key_of_expert, top_k_weights, keys_per_group
     save = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (hidden_states, top_k_weights, *gate_up, *down)
     )
-    if packed is not None and not save and not torch.compiler.is_compiling():
-        return cpu.forward(*inputs, save, packed)[0]
-    return ops.swiglu_experts(*inputs, save)[0]
+    plain = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
+    if not save and plain and ops.implementation(hidden_states) is cpu:
+        if packed is not None:
+            gate_up, down = packed.gate_up, packed.down
+        return cpu.infer(hidden_states, gate_up, down, top_k_index, key_of_expert, top_k_weights, keys_per_group)
+    return ops.swiglu_experts(
+        hidden_states, gate_up, down, top_k_index, key_of_expert, top_k_weights, keys_per_group, save
+    )[0]
 
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
