@@ -16,6 +16,12 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from .configuration_mohge import MoHGEConfig
 
 
+try:
+    import mohge_kernels
+except ImportError:  # this file also travels with checkpoints
+    mohge_kernels = None
+
+
 class RouterOutput(NamedTuple):
     """What a router decides; floating point values are at least float32, whatever the model's dtype."""
 
@@ -58,6 +64,7 @@ class MoHGERouter(nn.Module):
         self.equal_groups = min(config.expert_counts) == max(config.expert_counts)
         self.expert_ids_NG: torch.Tensor
         self.position_E: torch.Tensor
+        self.group_of_E: torch.Tensor
         self.membership_GE: torch.Tensor
         self.widths_G: torch.Tensor
         for name, table in self._tables().items():
@@ -74,12 +81,13 @@ class MoHGERouter(nn.Module):
         self.step_begins: bool | None = None  # see `MoHGEForCausalLM.set_training_progress`
 
     def _tables(self) -> dict[str, torch.Tensor]:
-        """Expert ids [N, G], E where a group is shorter; position of each id in it; membership [G, E] as 0 and 1;
-        widths [G]."""
+        """Expert ids [N, G], E where a group is shorter; position of each id in it; group of each id; membership
+        [G, E] as 0 and 1; widths [G]."""
         groups, slots = torch.tensor(self.config.expert_groups), torch.tensor(self.config.expert_slots)
         return {
             "expert_ids_NG": torch.tensor(self.config.expert_id_table).T.contiguous(),
             "position_E": slots * self.config.num_groups + groups,
+            "group_of_E": groups,
             "membership_GE": (groups == torch.arange(self.config.num_groups)[:, None]).float(),
             "widths_G": torch.tensor(self.config.moe_intermediate_sizes),
         }
@@ -139,6 +147,12 @@ class MoHGERouter(nn.Module):
             group_logits_TG = self.group_logits(logits_TE)
         else:
             group_logits_TG = F.linear(hidden_states, self.group_weight.to(hidden_states.dtype))
+        if self._has_kernel(logits_TE):
+            sigmoid = config.group_score_function == "sigmoid"
+            log_scores_TK, index_TK, group_index_TJ = mohge_kernels.two_level_route(
+                logits_TE, group_logits_TG, self.group_of_E, self.top_k, config.num_groups_per_tok, sigmoid
+            )
+            return group_index_TJ, group_logits_TG, log_scores_TK, index_TK
         # Every score grows with its logit, so the best logits are the best scores, also where scores saturate.
         kept_TJ, group_index_TJ = group_logits_TG.topk(config.num_groups_per_tok, dim=-1)
         if config.group_score_function == "sigmoid":
@@ -147,6 +161,16 @@ class MoHGERouter(nn.Module):
         log_scores_TG = log_scores_TG.scatter(-1, group_index_TJ, kept_TJ.log_softmax(-1))
         joint_TNG = self._by_group(logits_TE).log_softmax(1) + log_scores_TG.unsqueeze(1)
         return group_index_TJ, group_logits_TG, *self._by_expert(joint_TNG).topk(self.top_k, dim=-1)
+
+    @staticmethod
+    def _has_kernel(logits: torch.Tensor) -> bool:
+        """Whether one kernel does what follows, in place of a dozen that each take longer to launch than to run."""
+        return (
+            mohge_kernels is not None
+            and mohge_kernels.runs_on_triton(logits)
+            and mohge_kernels.reason_against(logits.device, logits.dtype) is None
+            and logits.dtype == torch.float32
+        )
 
     def _route_top_k(self, hidden_states, logits_TE):
         return None, None, *logits_TE.log_softmax(-1).topk(self.top_k, dim=-1)

@@ -1,7 +1,9 @@
 """Kernels for experts of different width."""
 
 from .cpu import PackedExperts
+from .dispatch import runs_on_triton
 from .experts import reason_against, swiglu_experts
+from .routing import two_level_route
 
 
-__all__ = ["PackedExperts", "reason_against", "swiglu_experts"]
+__all__ = ["PackedExperts", "reason_against", "runs_on_triton", "swiglu_experts", "two_level_route"]

@@ -4,27 +4,16 @@ Shapes: T tokens, K slots, S = T K pairs of a token and an expert, H hidden size
 of an expert is its group times B plus its place in the group.
 """
 
-import os
 from types import ModuleType
 
 import torch
 
-
-try:  # written by kernel-builder, so that several versions of a Hub kernel can be loaded at once
-    from ._ops import add_op_namespace_prefix as qualified
-except ImportError:
-
-    def qualified(name: str) -> str:
-        """Name of an operator, with its namespace."""
-        return f"mohge_kernels::{name}"
+from .dispatch import qualified, runs_on_triton
 
 
 def implementation(tensor: torch.Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` run on the device of `tensor`.
-
-    With `MOHGE_KERNELS_INTERPRET=1` (and `TRITON_INTERPRET=1`) tensors on CPU go through the Triton kernels, too.
-    """
-    if tensor.is_cuda or os.environ.get("MOHGE_KERNELS_INTERPRET") == "1":
+    """The module whose `forward` and `backward` run on the device of `tensor`."""
+    if runs_on_triton(tensor):
         from . import triton_experts
 
         return triton_experts
