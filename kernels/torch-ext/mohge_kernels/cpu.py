@@ -8,19 +8,26 @@ What makes it fast (figures: benchmarks/results):
 - oneDNN multiplies float32 matrices too, where `F.linear` of PyTorch calls MKL.
 - Numbers of rows are rounded up to a few sizes. oneDNN generates code for every new shape, which takes as long as the
   product of some 50 rows, and keeps that of the latest 1024 shapes; traffic to experts has another shape every time.
-- What is kept for backward, and the gradients of weights, lie in huge pages: the first write to 100 MB of fresh memory
-  takes about 35 ms in pages of 4 KiB and 8 ms in pages of 2 MiB.
+- What is kept for backward, and the gradients of weights, lie in huge pages: the first write to 82 MB of fresh memory
+  took 32 ms in pages of 4 KiB and 8 ms in pages of 2 MiB. A weight keeps the memory of its gradient for the next one.
 - Gradients of weights are written to their place. Autograd, which indexes a stack of weights for every expert, fills a
   stack of zeros for each.
 - `embedding_bag` gathers, weights and adds a token's rows in one pass.
 - `PackedExperts` keeps a copy of the weights in the layout of oneDNN, for inference.
 """
 
-import math
+import ctypes
 import mmap
+import weakref
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def _empty_saved(elements: int, like: torch.Tensor) -> torch.Tensor:
+    memory = _huge_pages(elements * like.element_size())
+    return like.new_empty(elements) if memory is None else torch.frombuffer(memory, dtype=like.dtype)
 
 
 def saved_elements(pairs: int, gate_up: list[torch.Tensor]) -> int:
@@ -28,20 +35,38 @@ def saved_elements(pairs: int, gate_up: list[torch.Tensor]) -> int:
     return (pairs + pairs // 4) * max(weight.shape[1] for weight in gate_up)
 
 
-def _empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """`like.new_empty(shape)`, in huge pages where the system has them."""
-    size = math.prod(shape) * like.element_size()
+def _huge_pages(size: int) -> mmap.mmap | None:
+    """`size` bytes of fresh memory in huge pages, where the system has them and they pay."""
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
+        return None
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
-        return like.new_empty(shape)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+        return None
+    return memory
 
 
 _HUGE_PAGE = 2**21
+
+_SPARE_MEMORY: "WeakTensorKeyDictionary[torch.Tensor, list[mmap.mmap]]" = WeakTensorKeyDictionary()
+"""Of each weight, the memory of a former gradient, for the next one. It goes when the weight goes."""
+
+
+def _empty_gradient(weight: torch.Tensor) -> torch.Tensor:
+    size = weight.nbytes
+    spare = _SPARE_MEMORY.setdefault(weight, [])
+    memory = spare.pop() if spare else _huge_pages(size)
+    if memory is None or len(memory) != size:  # a weight may be resized in place
+        return torch.empty_like(weight)
+    exported = (ctypes.c_char * size).from_buffer(memory)  # the storage keeps it, and it can be watched
+    weakref.finalize(exported, _keep_one, spare, memory).atexit = False
+    return torch.frombuffer(exported, dtype=weight.dtype).view(weight.shape)
+
+
+def _keep_one(spare: list[mmap.mmap], memory: mmap.mmap):
+    if not spare:
+        spare.append(memory)
 
 
 def padded(rows: int) -> int:
@@ -157,7 +182,7 @@ def forward(
     order, position, counts = _sort(index, key_of_expert, len(gate_up) * keys_per_group)
     layout = _Layout(order, position, counts, keys_per_group)
     rows_RH = layout.new_rows(hidden_states)
-    saved = _empty((saved_elements(index.numel(), gate_up) if save else 0,), hidden_states)
+    saved = _empty_saved(saved_elements(index.numel(), gate_up) if save else 0, hidden_states)
     projections = layout.split_saved(saved, gate_up) if save else [None] * len(layout.sizes)
     for tokens_P, projection, out_PH, gate_up_e, down_e in zip(
         layout.split(layout.tokens_R),
@@ -272,7 +297,7 @@ def backward(
 
 def _empty_gradients(stacks: list[torch.Tensor], counts: torch.Tensor, keys_per_group: int) -> list[torch.Tensor]:
     """Tensors like the weights, zero for the experts that no pair chose."""
-    gradients = [_empty(stack.shape, stack) for stack in stacks]
+    gradients = [_empty_gradient(stack) for stack in stacks]
     for key in (counts == 0).nonzero().flatten().tolist():
         group, slot = divmod(key, keys_per_group)
         gradients[group][slot : slot + 1].zero_()
