@@ -29,34 +29,35 @@ def _activation_gradient(
         partial = _activation_gradient(
             left, pre, d_pre, weighted, rows, n, w, weight, size,
             D_PRE, WEIGHTED, PARTS // 2, BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
-        return partial + _activation_gradient(
+        ) + _activation_gradient(
             right, pre, d_pre, weighted, rows, n + BLOCK_N // 2, w, weight, size,
             D_PRE, WEIGHTED, PARTS // 2, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
-    column = n + tl.arange(0, BLOCK_N)
-    mask = (rows < size)[:, None] & (column < w)[None, :]
-    offset = (rows * (2 * w))[:, None] + column[None, :]
-    gate = tl.load(pre + offset, mask=mask, other=0).to(tl.float32)
-    up = tl.load(pre + w + offset, mask=mask, other=0).to(tl.float32)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    silu = gate * sigmoid
-    partial = tl.sum(acc * silu * up, axis=1)
-    if WEIGHTED:
-        value = weight[:, None] * silu * up
-        tl.store(weighted + (rows * w)[:, None] + column[None, :], value.to(pre.dtype.element_ty), mask=mask)
-    if D_PRE:
-        acc = acc * weight[:, None]
-        d_gate = acc * up * (sigmoid + silu * (1 - sigmoid))
-        tl.debug_barrier()  # nobody overwrites what another thread has yet to load
-        tl.store(d_pre + offset, d_gate.to(pre.dtype.element_ty), mask=mask)
-        tl.store(d_pre + w + offset, (acc * silu).to(pre.dtype.element_ty), mask=mask)
+    else:
+        column = n + tl.arange(0, BLOCK_N)
+        mask = (rows < size)[:, None] & (column < w)[None, :]
+        offset = (rows * (2 * w))[:, None] + column[None, :]
+        gate = tl.load(pre + offset, mask=mask, other=0).to(tl.float32)
+        up = tl.load(pre + w + offset, mask=mask, other=0).to(tl.float32)
+        sigmoid = 1 / (1 + tl.exp(-gate))
+        silu = gate * sigmoid
+        products = acc * silu * up
+        partial = tl.sum(products, axis=1)
+        if WEIGHTED:
+            value = weight[:, None] * silu * up
+            tl.store(weighted + (rows * w)[:, None] + column[None, :], value.to(pre.dtype.element_ty), mask=mask)
+        if D_PRE:
+            # From the products, which are thus not left for later, with all that they are made of in registers.
+            d_gate = weight[:, None] * (acc * up * sigmoid + products * (1 - sigmoid))
+            tl.debug_barrier()  # nobody overwrites what another thread has yet to load
+            tl.store(d_pre + offset, d_gate.to(pre.dtype.element_ty), mask=mask)
+            tl.store(d_pre + w + offset, (weight[:, None] * acc * silu).to(pre.dtype.element_ty), mask=mask)
     return partial
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def d_activation_kernel(
-    d_output, stride, down, weights, order, counts, pre, capacity, d_pre, weighted, partials,
+    d_output, stride, down, weights, order, counts, pre, capacity, d_pre, weighted, partials, depth,
     WIDTHS: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, H: tl.constexpr,
     ALIGN: tl.constexpr, EVEN_N: tl.constexpr, PARTIALS: tl.constexpr, D_PRE: tl.constexpr,
     WEIGHTED: tl.constexpr, PARTS: tl.constexpr,
@@ -100,7 +101,7 @@ def d_activation_kernel(
         x = d_output + (pair // SLOTS).to(tl.int64)[:, None] * stride + k[None, :]
         y = pointer_of_group(group, down, GROUPS) + (e % B).to(tl.int64) * H * w + (k * w)[:, None] + n[None, :]
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k0 in range(0, H, BLOCK_K):
+        for k0 in range(0, depth, BLOCK_K):
             if H % BLOCK_K == 0 and EVEN_N:
                 acc = multiply_add(tl.load(x), tl.load(y), acc, PRECISION)
             else:
@@ -120,7 +121,8 @@ def d_activation_kernel(
             r, n0, w, weight, m_size - m0, D_PRE, WEIGHTED, PARTS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if PARTIALS > 0:
-            tl.store(partials + (row0 + m).to(tl.int64) * PARTIALS + n_tile, partial, mask=m < m_size)
+            target = partials + (row0 + m).to(tl.int64) * PARTIALS + n_tile
+            tl.store(target, partial, mask=m < m_size)
 
 
 @triton.jit

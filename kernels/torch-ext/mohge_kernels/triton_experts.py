@@ -15,7 +15,7 @@ from .triton_forward import combine_kernel, rows_kernel, up_kernel
 from .triton_sort import sort_pairs
 
 
-_SAVED_SHARE = 1.02
+_SAVED_PERCENT = 102
 """Room for saved pre-activations, relative to what pairs spread evenly over the experts need. An upper bound would be
 half as large again in a layer with widths from 384 to 1280."""
 
@@ -35,6 +35,8 @@ class _Layer:
         self.pairs = hidden_states.shape[0] * slots
         self.device, self.dtype = hidden_states.device, hidden_states.dtype
         self.keys_per_group = keys_per_group
+        # Of the distance between rows of hidden states the compiler knows no more than whether it is a multiple of 16.
+        self.aligned = self.hidden_size % 16 == 0 and math.gcd(*self.widths) * self.dtype.itemsize % 16 == 0
         if self.device.type == "cpu":
             self.precision = "interpreter"
         else:
@@ -51,8 +53,15 @@ class _Layer:
         """What `kernel` is to be launched with."""
         experts = sum(self.experts)
         mean_width = sum(n * w for n, w in zip(self.experts, self.widths, strict=True)) / experts
-        name = tuning.device_name(self.device)
-        chosen = tuning.config(kernel, self.dtype, self.pairs / experts, self.hidden_size, mean_width, name)
+        chosen = tuning.config(
+            kernel,
+            self.dtype,
+            self.pairs / experts,
+            self.hidden_size,
+            mean_width,
+            self.aligned,
+            tuning.device_name(self.device),
+        )
         return chosen, {
             "BLOCK_M": chosen.block_m,
             "BLOCK_N": chosen.block_n,
@@ -73,7 +82,7 @@ class _Layer:
         chosen, options = self.tiles("up")
         up_kernel[(tuning.programs(chosen, self.device),)](
             hidden_states, hidden_states.stride(0), self.gate_up, order, counts, activation, pre, capacity,
-            SLOTS=self.slots, ACTIVATE=not recompute, SAVE=capacity > 0, RECOMPUTE=recompute,
+            self.hidden_size, SLOTS=self.slots, ACTIVATE=not recompute, SAVE=capacity > 0, RECOMPUTE=recompute,
             **self.layout, **options,
         )  # fmt: skip
 
@@ -102,9 +111,9 @@ class _Layer:
         parts = 0 if partials is None else partials.shape[1]
         d_activation_kernel[(tuning.programs(chosen, self.device),)](
             d_output, d_output.stride(0), self.down, weights, order, counts, pre, pre.numel(), d_pre, weighted,
-            partials, SLOTS=self.slots, EVEN_N=self.even(1, chosen.block_n), PARTIALS=parts,
+            partials, self.hidden_size, SLOTS=self.slots, EVEN_N=self.even(1, chosen.block_n), PARTIALS=parts,
             D_PRE=need_d_pre, WEIGHTED=weighted is not None,
-            PARTS=tuning.epilogue_parts(chosen, self.device), **self.layout, **options,
+            PARTS=tuning.epilogue_parts(chosen, self.aligned, self.device), **self.layout, **options,
         )  # fmt: skip
 
     def d_weights(self, hidden_states, d_output, d_pre, weighted, order, counts, d_gate_up, d_down):
@@ -120,8 +129,11 @@ class _Layer:
 def saved_elements(pairs: int, gate_up: list[torch.Tensor]) -> int:
     """Elements of the buffer of saved pre-activations."""
     widest = max(weight.shape[1] for weight in gate_up)
-    mean = sum(weight.shape[0] * weight.shape[1] for weight in gate_up) / sum(weight.shape[0] for weight in gate_up)
-    return min(pairs * widest, math.ceil(_SAVED_SHARE * pairs * mean) + _SPARE_ROWS * widest)
+    total = sum(weight.shape[0] * weight.shape[1] for weight in gate_up)
+    experts = sum(weight.shape[0] for weight in gate_up)
+    # In integers and without a branch: under torch.compile the number of pairs may be a symbol.
+    even = pairs * total * _SAVED_PERCENT // (100 * experts) + 1
+    return torch.sym_min(pairs * widest, even + _SPARE_ROWS * widest)
 
 
 def _last_dimension_contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,9 @@ W_g (or 2 W_g) for each pair.
 Every kernel is persistent: its programs walk over a list of tiles that nobody writes down. Each finds its tiles from
 the counts of pairs per key, which never leave the device, so that the host neither waits nor sizes a grid by them;
 the number of programs changes no bit of the result.
+
+`depth` is H over again, as an argument: a loop of known length the assembler unrolls whole, which takes registers and,
+from one H to the next, a different number of them.
 """
 
 import triton
@@ -80,7 +83,7 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["capacity"])
 def up_kernel(
-    hidden, stride, gate_up, order, counts, activation, pre, capacity,
+    hidden, stride, gate_up, order, counts, activation, pre, capacity, depth,
     WIDTHS: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr, H: tl.constexpr,
     ALIGN: tl.constexpr, ACTIVATE: tl.constexpr, SAVE: tl.constexpr, RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -124,7 +127,7 @@ def up_kernel(
         base = pointer_of_group(group, gate_up, GROUPS) + (e % B).to(tl.int64) * (2 * H) * w
         y = base + (weight_row * H)[None, :] + k[:, None]
         acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-        for k0 in range(0, H, BLOCK_K):
+        for k0 in range(0, depth, BLOCK_K):
             if H % BLOCK_K == 0:
                 acc = multiply_add(tl.load(x), tl.load(y), acc, PRECISION)
             else:

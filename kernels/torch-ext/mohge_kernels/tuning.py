@@ -47,13 +47,20 @@ def shape_class(rows_per_expert: float) -> str:
 
 
 def config(
-    kernel: str, dtype: torch.dtype, rows_per_expert: float, hidden: int, mean_width: float, device_name: str
+    kernel: str,
+    dtype: torch.dtype,
+    rows_per_expert: float,
+    hidden: int,
+    mean_width: float,
+    aligned: bool,
+    device_name: str,
 ) -> Config:
     """
     Args:
         kernel: `up`, `down`, `d_activation`, `d_weights` or `d_rows`.
         rows_per_expert: mean over the experts.
         hidden: the hidden size, `mean_width`: the mean width of the experts.
+        aligned: whether every row of every matrix is seen to begin at a multiple of 16 bytes.
         device_name: as `torch.cuda.get_device_name` has it; `cpu` in Triton's interpreter.
     """
     if device_name == "cpu":
@@ -65,15 +72,18 @@ def config(
     chosen = Config(*entry.get(kernel, entry["default"]))
     if min(hidden, mean_width) < chosen.block_n:  # a narrow layer fills no wide tile
         chosen = chosen._replace(block_n=max(16, 1 << (int(min(hidden, mean_width)) - 1).bit_length()))
+    if not aligned:  # loads of single elements, each with an address in a register
+        chosen = chosen._replace(block_k=min(chosen.block_k, 32))
     return chosen
 
 
-def epilogue_parts(chosen: Config, device: torch.device) -> int:
-    """In how many parts, one after the other, `d_activation` works on its tile: 16 elements a thread leave the
-    registers that the rest needs."""
+def epilogue_parts(chosen: Config, aligned: bool, device: torch.device) -> int:
+    """In how many parts, one after the other, `d_activation` works on its tile: 16 elements a thread, or 8 where each
+    has its own address, leave the registers that the rest needs."""
     if device.type == "cpu":
         return 2
-    return max(1, min(chosen.block_m * chosen.block_n // (16 * 32 * chosen.num_warps), chosen.block_n // 16))
+    elements = (16 if aligned else 8) * 32 * chosen.num_warps
+    return max(1, min(chosen.block_m * chosen.block_n // elements, chosen.block_n // 16))
 
 
 PREFIX_CHUNK = 1024

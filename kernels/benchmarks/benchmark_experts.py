@@ -1,0 +1,321 @@
+"""
+Speed of the experts, on the GPU where there is one and on the CPU otherwise: `python benchmark_experts.py`.
+
+First every contestant's output and gradients are checked against a float64 reference, expert by expert (status 1 if
+one is wrong). Then the contestants alternate in one process, each call on fresh random data and traffic, and medians
+are printed with the demands on them.
+
+C        the ceiling: the matrix products alone, at equal loads (see layers.py)
+eager    MoHGE's readable loop over the experts
+loop     `torch.nn.functional.grouped_mm`, group by group (`experts_implementation="grouped_mm"`)
+pad      transformers' `grouped_mm` on experts padded with zeros to the widest
+uniform  the kernels, on experts that all have the mean width
+mohge    the kernels (`experts_implementation="mohge"`)
+mohge_prepacked  the same with copies of the weights in oneDNN's layout (CPU, inference)
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from layers import SHAPES, TOLERANCES, Inputs, Layer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shape", choices=list(SHAPES), default="paper", help="paper layer or large layer")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="default: on CPU both")
+    parser.add_argument("--rounds", type=int, default=15, help="calls of each contestant")
+    parser.add_argument("--tokens", type=int, action="append", help="default: those of the demands")
+    parser.add_argument("--json", type=Path, help="file to write all quantiles to")
+    options = parser.parse_args()
+    if options.rounds < 3:
+        parser.error("--rounds must be at least 3")
+
+    torch.manual_seed(0)
+    record = {"machine": machine(options.device), "rounds": options.rounds, "measurements": []}
+    print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
+    for dtype in options.dtype or (["bfloat16"] if options.device == "cuda" else ["bfloat16", "float32"]):
+        layer = Layer(SHAPES[options.shape], getattr(torch, dtype), options.device)
+        names = ["eager", "loop", "pad", "mohge"] + ["mohge_prepacked"] * (options.device == "cpu")
+        for name in names:
+            error = layer.check(name, 600)
+            print(f"check: {dtype} {name}: largest relative error of output and gradients {error:.1e}")
+            if not error < TOLERANCES[layer.dtype]:
+                print("error: the result is wrong, nothing is measured", file=sys.stderr)
+                return 1
+        tables = gpu_tables if options.device == "cuda" else cpu_tables
+        for measurement in tables(layer, options):
+            record["measurements"].append({"shape": options.shape, "dtype": dtype, **measurement})
+            if options.json:
+                options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        del layer
+        gc.collect()
+    return 0
+
+
+def cpu_tables(layer: Layer, options):
+    """Yield what was measured, as it is printed."""
+    forward = ["C", "eager", "loop", "pad", "uniform", "mohge", "mohge_prepacked"]
+    for tokens in options.tokens or [1, 16, 256, 512, 2048]:
+        times = measure(layer, forward, options.rounds, tokens, backward=False)
+        demands = {}
+        for name in ("mohge", "mohge_prepacked"):
+            if tokens == 1:
+                demands[f"{name} against eager"] = (ratio(times, "eager", name), 1.25, 1.6)
+            elif tokens == 16:
+                best = min(("eager", "loop", "pad"), key=lambda other: median(times[other]))
+                demands[f"{name} against {best}, the best"] = (ratio(times, best, name), 1.3, 2.0)
+            else:
+                demands[f"{name} against C"] = (ratio(times, "C", name), 0.95, 1.3)
+        yield report(f"forward, T = {tokens}", times, demands)
+    for tokens in options.tokens or [512, 2048]:
+        times = measure(layer, ["C", "loop", "pad", "uniform", "mohge"], options.rounds, tokens, backward=True)
+        demands = {"mohge against loop": (ratio(times, "loop", "mohge"), 1.5, 1.9)}
+        yield report(f"forward + backward, T = {tokens}", times, demands)
+
+
+def gpu_tables(layer: Layer, options):
+    """Yield what was measured, as it is printed."""
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth: {bandwidth / 1e12:.2f} TB/s")
+    for tokens in options.tokens or [32768, 4096]:
+        for backward in (False, True):
+            times = measure(layer, ["C", "loop", "pad", "uniform", "mohge"], options.rounds, tokens, backward)
+            ceiling = median(times["C"])
+            if tokens < 32768:
+                x = layer.inputs(tokens)
+                ceiling = max(ceiling, (1 + 2 * backward) * layer.weight_bytes(x.index) / bandwidth)
+            share = ceiling / median(times["mohge"])
+            must, aim = (0.70, 0.80) if tokens < 32768 else (0.78, 0.86) if backward else (0.85, 0.90)
+            demands = {
+                "share of C": (share, must, aim),
+                "against loop": (ratio(times, "loop", "mohge"), 2.0, 2.5),
+                "against pad": (ratio(times, "pad", "mohge"), 2.7, 3.3),
+                "against uniform": (ratio(times, "uniform", "mohge"), 0.97, 0.99),
+            }
+            yield report(f"{'forward + backward' if backward else 'forward'}, T = {tokens}", times, demands)
+    yield skewed_traffic(layer, options)
+    for tokens in (16, 32, 64):
+        yield decode(layer, options, tokens, bandwidth)
+    yield properties(layer)
+
+
+def skewed_traffic(layer: Layer, options) -> dict:
+    """FLOP/s at T = 32768 under skewed traffic, against that under equal loads."""
+    kinds, tokens = ["balanced", "zipf", "one_group"], 32768
+    run, rates = layer.contestant("mohge"), {kind: [] for kind in kinds}
+    with torch.no_grad():
+        for _ in range(options.rounds):
+            for kind in kinds:
+                x = layer.inputs(tokens, kind)
+                rates[kind].append(layer.flops(x.index) / timed(run, x))
+    times = {kind: [1 / rate for rate in values] for kind, values in rates.items()}
+    demands = {f"{kind} against balanced": (ratio(times, "balanced", kind), 0.90, 0.95) for kind in kinds[1:]}
+    return report(f"forward, T = {tokens}", times, demands, "s/PFLOP", 1e15)
+
+
+def decode(layer: Layer, options, tokens: int, bandwidth: float) -> dict:
+    """Replays of a CUDA graph, whose weights are read once."""
+    run, x = layer.contestant("mohge"), layer.inputs(tokens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        expected = run(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            output = run(x)
+        times = []
+        for _ in range(10 * options.rounds):
+            x.index.copy_(layer.traffic(tokens, "uniform"))
+            times.append(timed(lambda _: graph.replay(), x) * bandwidth / layer.weight_bytes(x.index))
+        expected = run(x)
+    if not torch.equal(output, expected):
+        raise SystemExit("error: the captured graph computes something else")
+    share = 1 / statistics.median(times)
+    demands = {"share of bandwidth": (share, 0.75, 0.85)}
+    return report(
+        f"decode, T = {tokens}, graph, time over that of reading the weights", {"mohge": times}, demands, "", 1
+    )
+
+
+def properties(layer: Layer) -> dict:
+    """No wait for the device, the same bits twice, number of launches, and memory kept for backward."""
+    x, tokens = layer.inputs(4096), 4096
+    run, parameters = layer.contestant("mohge"), layer.parameters_of("mohge")
+    x.hidden_states.requires_grad_()
+    results = []
+    for _ in range(3):
+        torch.cuda.set_sync_debug_mode("error")
+        output = run(x)
+        gradients = torch.autograd.grad(output, [x.hidden_states, *parameters], x.grad_output)
+        torch.cuda.set_sync_debug_mode("default")
+        results.append([output, *gradients])
+    repeatable = all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.autograd.grad(run(x), [x.hidden_states, *parameters], x.grad_output)
+    launches = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kept = {
+        name: kept_bytes(layer.contestant(name), x, layer.parameters_of(name)) for name in ("mohge", "transformers")
+    }
+    demands = {
+        "no wait for the device": (1.0, 1.0, 1.0),  # set_sync_debug_mode would have raised
+        "same bits twice": (float(repeatable), 1.0, 1.0),
+        "11 / launches": (11 / max(len(launches), 1), 0.0, 1.0),
+        "0.36 x memory of transformers' grouped_mm / memory kept": (
+            0.36 * kept["transformers"] / kept["mohge"],
+            1.0,
+            1.0,
+        ),
+    }
+    return report(f"properties, T = {tokens}", {}, demands) | {"launches": [event.name for event in launches]}
+
+
+def kept_bytes(run: Callable[[Inputs], torch.Tensor], x: Inputs, parameters: list[torch.Tensor]) -> int:
+    """Bytes kept for backward, without the parameters."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(x)
+    for parameter in parameters:
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy on the device, read and written."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    times = [timed(lambda _: target.copy_(source), None) for _ in range(20)]
+    return 2 * source.nbytes / statistics.median(times)
+
+
+def measure(layer: Layer, names: list[str], rounds: int, tokens: int, backward: bool) -> dict[str, list[float]]:
+    """Seconds of each call. The contestants take turns, each on inputs of its own."""
+    prepare = training if backward else inference
+    runs = {name: layer.ceiling(tokens, backward) if name == "C" else prepare(layer, name) for name in names}
+    times = {name: [] for name in names}
+    for turn in range(rounds + 2):
+        for name, run in runs.items():
+            x = layer.inputs(tokens)
+            seconds = timed(run, x)
+            if turn >= 2:
+                times[name].append(seconds)
+    return times
+
+
+def inference(layer: Layer, name: str) -> Callable[[Inputs], torch.Tensor]:
+    return torch.no_grad()(layer.contestant(name))
+
+
+def training(layer: Layer, name: str) -> Callable[[Inputs], None]:
+    run, parameters = layer.contestant(name), layer.parameters_of(name)
+
+    def step(x: Inputs) -> None:
+        x.hidden_states.requires_grad_()
+        x.weights.requires_grad_()
+        output = run(x)
+        torch.autograd.grad(output, [x.hidden_states, x.weights, *parameters], x.grad_output)
+
+    return step
+
+
+def timed(run: Callable, x: Inputs | None) -> float:
+    """Seconds of one call, what it returns freed."""
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run(x)
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    run(x)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def median(seconds: list[float]) -> float:
+    return statistics.median(seconds)
+
+
+def ratio(times: dict[str, list[float]], other: str, name: str) -> float:
+    """How many times faster `name` is than `other`."""
+    return median(times[other]) / median(times[name])
+
+
+def report(
+    title: str,
+    times: dict[str, list[float]],
+    demands: dict[str, tuple[float, float, float]],
+    unit: str = "ms",
+    scale: float = 1e3,
+) -> dict:
+    """Print one table, and return it for the record."""
+    print(f"\n{title}")
+    quantiles = {}
+    for name, values in times.items():
+        deciles = [value * scale for value in statistics.quantiles(values, n=10)]
+        quantiles[name] = {"10%": deciles[0], "median": deciles[4], "90%": deciles[8]}
+        shown = "  ".join(f"{value:10.4g}" for value in quantiles[name].values())
+        print(f"  {name:16} {shown}  {unit} (10%, median, 90%)")
+    for name, (value, must, aim) in demands.items():
+        verdict = "aim reached" if value >= aim else "must reached" if value >= must else "FALLS SHORT"
+        print(f"  {name}: {value:.2f} (must {must}, aim {aim}): {verdict}", flush=True)
+    return {
+        "title": title,
+        "unit": unit,
+        "quantiles": quantiles,
+        "demands": {name: {"value": v, "must": m, "aim": a} for name, (v, m, a) in demands.items()},
+    }
+
+
+def machine(device: str) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        versions["triton"] = triton.__version__
+    threads = {} if device == "cuda" else {"threads": str(torch.get_num_threads())}
+    environment = {
+        key: os.environ[key] for key in sorted(os.environ) if key.startswith(("OMP_", "ONEDNN_", "MALLOC_"))
+    }
+    return {
+        "date": str(date.today()),
+        "device": name,
+        **threads,
+        **versions,
+        "python": platform.python_version(),
+        **environment,
+    }
+
+
+def processor() -> str:
+    """Name of the CPU, with the instructions that matter here."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    known = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.machine())} ({' '.join(known)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

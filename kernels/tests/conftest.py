@@ -1,0 +1,57 @@
+"""Where the tests run: one thread for all, and Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+
+if not torch.cuda.is_available():
+    # Read by Triton when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device(request, monkeypatch) -> str:
+    """Device of the tensors for an implementation; the interpreter runs the Triton kernels on tensors on the CPU."""
+    monkeypatch.delenv("MOHGE_KERNELS_DEBUG", raising=False)
+    monkeypatch.delenv("MOHGE_KERNELS_INTERPRET", raising=False)
+    if request.param == "interpreter":
+        request.getfixturevalue("triton_interpreter")
+        monkeypatch.setenv("MOHGE_KERNELS_INTERPRET", "1")
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
+@pytest.fixture
+def triton_interpreter():
+    """Skips where Triton is missing or compiles."""
+    pytest.importorskip("triton", reason="needs triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs TRITON_INTERPRET=1, which is not set where there is a GPU")
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """Names of the Triton kernels that the interpreter runs; none where there is no Triton."""
+    names = []
+    try:
+        from triton.runtime.interpreter import GridExecutor
+    except ImportError:
+        return names
+    launch = GridExecutor.__call__
+
+    def recorded(executor, *args, **kwargs):
+        names.append(executor.fn.__name__)
+        return launch(executor, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", recorded)
+    return names
