@@ -8,8 +8,8 @@ What makes it fast (figures: benchmarks/results):
 - oneDNN multiplies float32 matrices too, where `F.linear` of PyTorch calls MKL.
 - Numbers of rows are rounded up to a few sizes. oneDNN generates code for every new shape, which takes as long as the
   product of some 50 rows, and keeps that of the latest 1024 shapes; traffic to experts has another shape every time.
-- What is kept for backward, and the gradients of weights, lie in huge pages: the first write to 82 MB of fresh memory
-  took 32 ms in pages of 4 KiB and 8 ms in pages of 2 MiB. A weight keeps the memory of its gradient for the next one.
+- A weight keeps the memory of its gradient for the next one, in huge pages: the first write to 82 MB of fresh memory
+  took 32 ms in pages of 4 KiB and 8 ms in pages of 2 MiB.
 - Gradients of weights are written to their place. Autograd, which indexes a stack of weights for every expert, fills a
   stack of zeros for each.
 - `embedding_bag` gathers, weights and adds a token's rows in one pass.
@@ -23,11 +23,6 @@ import weakref
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
-
-
-def _empty_saved(elements: int, like: torch.Tensor) -> torch.Tensor:
-    memory = _huge_pages(elements * like.element_size())
-    return like.new_empty(elements) if memory is None else torch.frombuffer(memory, dtype=like.dtype)
 
 
 def saved_elements(pairs: int, gate_up: list[torch.Tensor]) -> int:
@@ -182,7 +177,7 @@ def forward(
     order, position, counts = _sort(index, key_of_expert, len(gate_up) * keys_per_group)
     layout = _Layout(order, position, counts, keys_per_group)
     rows_RH = layout.new_rows(hidden_states)
-    saved = _empty_saved(saved_elements(index.numel(), gate_up) if save else 0, hidden_states)
+    saved = hidden_states.new_empty(saved_elements(index.numel(), gate_up) if save else 0)
     projections = layout.split_saved(saved, gate_up) if save else [None] * len(layout.sizes)
     for tokens_P, projection, out_PH, gate_up_e, down_e in zip(
         layout.split(layout.tokens_R),

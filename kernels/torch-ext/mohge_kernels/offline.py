@@ -1,7 +1,7 @@
 """Compiles every kernel for a GPU that need not be there, and says what of the multiprocessor each one takes.
 
-`python -m mohge_kernels.offline` prints a table for the layers the kernels are tuned for, and fails if a kernel spills.
-Not under TRITON_INTERPRET=1, which turns the kernels into Python.
+`python -m mohge_kernels.offline` prints a table for the layers the kernels are tuned for, and fails if one spills. Not
+under TRITON_INTERPRET=1, which turns the kernels into Python.
 """
 
 import argparse

@@ -1,0 +1,92 @@
+"""The Triton kernels, compiled for an H200 that need not be there: no spilled registers, and the instructions that
+make them fast."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mohge_kernels
+
+
+triton = pytest.importorskip("triton", reason="needs triton")
+if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+    pytest.skip("Triton compiles on Linux on x86-64 and aarch64", allow_module_level=True)
+for tool in ("ptxas", "cuobjdump"):
+    try:
+        getattr(triton.knobs.nvidia, tool)
+    except RuntimeError:
+        pytest.skip(f"needs Triton's {tool}", allow_module_level=True)
+
+
+SHARED_MEMORY = 232448
+"""Bytes that a program may have on compute capability 9.0."""
+
+MATRIX_PRODUCTS = {
+    "up_kernel",
+    "up_kernel again",
+    "up_kernel saving nothing",
+    "rows_kernel down",
+    "rows_kernel gate_up",
+    "d_activation_kernel",
+    "d_weights_kernel",
+}
+OTHERS = {"route_kernel", "route_backward_kernel", "combine_kernel forward", "combine_kernel backward"}
+SORT_OF_MANY = {"_rank_kernel", "_prefix_kernel", "_place_kernel"}
+SORT_OF_FEW = {"_sort_kernel"}
+
+
+def run_offline(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own: this one's kernels may be for the interpreter."""
+    folder = str(Path(mohge_kernels.__file__).parents[1])
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "mohge_kernels.offline", *arguments],
+        env={**inherited, "PYTHONPATH": folder, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "sort", "tensor_cores"),
+    [
+        ("paper-bfloat16-32768", SORT_OF_MANY, "wgmma"),
+        ("paper-bfloat16-32", SORT_OF_FEW, "mma"),
+        ("large-bfloat16-32768", SORT_OF_MANY, "wgmma"),
+        ("paper-float32-32768", SORT_OF_MANY, None),
+        ("odd-bfloat16-1000", SORT_OF_MANY, None),
+    ],
+)
+def test_kernels_fit_the_multiprocessor(case, sort, tensor_cores):
+    process = run_offline(case, "--json")
+    assert process.returncode in (0, 1), process.stderr
+    (kernels,) = json.loads(process.stdout).values()
+    assert {kernel["kernel"]: kernel["spilled"] for kernel in kernels if kernel["spilled"]} == {}
+    assert process.returncode == 0
+    assert all(0 < kernel["registers"] <= 255 and kernel["shared_memory"] <= SHARED_MEMORY for kernel in kernels)
+
+    names = [kernel["kernel"] for kernel in kernels]
+    assert sorted(names) == sorted(MATRIX_PRODUCTS | OTHERS | sort)
+    if tensor_cores:  # otherwise the layer is not there for speed
+        for kernel in kernels:
+            if kernel["kernel"] in MATRIX_PRODUCTS:
+                assert (kernel["tensor_cores"], kernel["wide_loads"]) == (tensor_cores, 1), kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "remedy"),
+    [
+        (["huge"], {}, "choose from paper-bfloat16-32768, "),
+        ([], {"TRITON_INTERPRET": "1"}, "unset it"),
+    ],
+)
+def test_bad_usage_is_refused(arguments, environment, remedy):
+    process = run_offline(*arguments, **environment)
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert remedy in process.stderr.splitlines()[-1]
