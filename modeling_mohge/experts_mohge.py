@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
@@ -90,7 +92,8 @@ def mohge_forward(
     The kernels of `mohge_kernels`; `grouped_mm_forward` where there are none, with one warning that says why.
 
     `"mohge_prepacked"` is for inference on CPU: with copies of the weights in oneDNN's own layout, which take the
-    memory of the experts once more. They are made anew when a weight changes, but changes of `.data` are not seen.
+    memory of the experts once more. They are made in evaluation mode without gradients, and made anew when a weight
+    changes; changes through `.data` are not seen.
     """
     gate_up, down = map(list, zip(*experts.groups(), strict=True))
     dtype = _compute_dtype(hidden_states, gate_up[0])
@@ -98,7 +101,8 @@ def mohge_forward(
     if reason is not None:
         if not is_torchdynamo_compiling():
             logger.warning_once(
-                f'`experts_implementation="mohge"`: {reason}. "grouped_mm" runs instead; ask for it to silence this.'
+                f'`experts_implementation="{experts.config._experts_implementation}"`: {reason}. "grouped_mm" runs '
+                "instead; ask for it to silence this."
             )
         return grouped_mm_forward(experts, hidden_states, top_k_index, top_k_weights)
     packed = None
@@ -122,25 +126,38 @@ def mohge_forward(
 def _reason_against_kernels(experts: nn.Module, stacks: list[torch.Tensor], dtype: torch.dtype) -> str | None:
     if mohge_kernels is None:
         return "the package mohge, with its kernels, is not installed"
-    if experts.hidden_act != "silu":
+    if experts.hidden_act not in ("silu", "swish"):
         return f'there are no kernels for `hidden_act="{experts.hidden_act}"`, only for "silu"'
-    if any(type(stack) not in (torch.Tensor, nn.Parameter) or not stack.is_contiguous() for stack in stacks):
+    if any(is_traceable_wrapper_subclass(stack) or not stack.is_contiguous() for stack in stacks):
         return "the experts' weights are no plain contiguous tensors"
+    if not is_torchdynamo_compiling() and mohge_kernels.transforms_active():
+        return "the kernels know neither torch.func nor forward-mode differentiation"
     return mohge_kernels.reason_against(stacks[0].device, dtype)
 
 
-_PACKED: "WeakKeyDictionary[nn.Module, tuple[list, mohge_kernels.PackedExperts]]" = WeakKeyDictionary()
+_PACKED: "WeakKeyDictionary[nn.Module, tuple[list, mohge_kernels.PackedExperts, list]]" = WeakKeyDictionary()
 
 
 def _packed_experts(experts: nn.Module, gate_up: list[torch.Tensor], down: list[torch.Tensor]):
     """The packed copies of the weights, made anew where these have changed; None where nothing can use them."""
-    if torch.is_grad_enabled() or is_torchdynamo_compiling() or gate_up[0].device.type != "cpu":
+    if is_torchdynamo_compiling():
         return None
-    version = [(stack.data_ptr(), 0 if stack.is_inference() else stack._version) for stack in gate_up + down]
-    if experts not in _PACKED or _PACKED[experts][0] != version:
+    reason = mohge_kernels.PackedExperts.reason_against(gate_up[0])
+    if reason is not None:
+        logger.warning_once(f'`experts_implementation="mohge_prepacked"`: {reason}. The weights are used as they are.')
+    # Of weights made for one call (by an adapter, say), or that keep no count of changes, a copy would serve once.
+    lasting = all(isinstance(stack, nn.Parameter) and not stack.is_inference() for stack in gate_up + down)
+    if reason is not None or not lasting or experts.training or torch.is_grad_enabled():
+        _PACKED.pop(experts, None)
+        return None
+    # While there is a weak reference to a storage, no other takes its address.
+    storages = [StorageWeakRef(stack.untyped_storage()) for stack in gate_up + down]
+    version = [(storage.cdata, stack._version) for storage, stack in zip(storages, gate_up + down, strict=True)]
+    entry = _PACKED.get(experts)
+    if entry is None or entry[0] != version:
         _PACKED.pop(experts, None)  # the old copies go before the new ones come
-        _PACKED[experts] = version, mohge_kernels.PackedExperts(gate_up, down)
-    return _PACKED[experts][1]
+        entry = _PACKED[experts] = version, mohge_kernels.PackedExperts(gate_up, down), storages
+    return entry[1]
 
 
 def grouped_mm_forward(

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import math
 import weakref
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from mohge import MoHGEConfig, experts_mohge
+from mohge import MoHGEConfig, MoHGEForCausalLM, experts_mohge
 from mohge.modeling_mohge import MoHGEExperts
 
 
@@ -88,7 +89,7 @@ def make_experts(case: Case, dtype: torch.dtype, implementation: str = "eager") 
     torch.manual_seed(0)
     experts = MoHGEExperts(config, config)
     experts.init_weights(0.3)
-    return experts.to(dtype)
+    return experts.to(dtype).eval()
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -431,7 +432,7 @@ def test_compiled_with_frozen_weights(implementation):
 @pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "masked_slots", "empty_middle_group"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inference_without_gradients(implementation, name, tokens):
-    """Without gradients idle groups are left out, and up to 16 pairs go one by one."""
+    """Without gradients idle groups are left out, and the kernels handle one token without sorting."""
     case = replace(CASES[name], tokens=tokens)
     experts = make_experts(case, torch.float32, implementation)
     *inputs, _ = make_inputs(case, torch.float32)
@@ -535,6 +536,92 @@ def test_packed_copies_follow_the_weights_and_the_module():
     del experts
     gc.collect()
     assert not packed
+
+
+def replace_parameters(experts):
+    for name, parameter in list(experts.named_parameters()):
+        delattr(experts, name)
+        shape, dtype = parameter.shape, parameter.dtype
+        del parameter  # so that the new one may get its address
+        setattr(experts, name, torch.nn.Parameter(torch.randn(shape).to(dtype).mul_(0.3)))
+
+
+def test_packed_copies_do_not_survive_their_parameters():
+    experts, inputs = make_experts(Case(), torch.float32, "mohge_prepacked"), make_inputs(Case(), torch.float32)
+    for _ in range(10):
+        with torch.no_grad():
+            output = experts(*inputs[:3])
+        expected = run_reference(Case(), experts, inputs)
+        assert_close({"output": output}, {"output": expected["output"]}, RELATIVE_ERROR[torch.float32])
+        replace_parameters(experts)
+
+
+def no_parameters(experts):
+    for name, parameter in list(experts.named_parameters()):
+        delattr(experts, name)
+        setattr(experts, name, parameter.detach())
+
+
+@pytest.mark.parametrize(
+    "change", [torch.nn.Module.train, torch.nn.Module.half, no_parameters], ids=["training", "float16", "temporary"]
+)
+def test_nothing_is_packed_where_it_would_not_serve(change, warnings_of_experts):
+    experts, inputs = make_experts(Case(), torch.float32, "mohge_prepacked"), make_inputs(Case(), torch.float32)
+    expected = run_reference(Case(), experts, inputs)
+    with torch.no_grad():
+        experts(*inputs[:3])
+        assert experts in experts_mohge._PACKED
+        change(experts)
+        dtype = experts.gate_up_proj_0.dtype
+        output = experts(inputs[0].to(dtype), inputs[1], inputs[2].to(dtype))
+    assert experts not in experts_mohge._PACKED
+    assert len(warnings_of_experts) == (change is torch.nn.Module.half)
+    assert_close({"output": output.float()}, {"output": expected["output"]}, 5e-3)
+
+
+def test_warns_once_however_often_it_runs(caplog):
+    config = MoHGEConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=1, moe_intermediate_sizes=[8, 16],
+        num_experts_per_group=2, num_experts_per_tok=2, hidden_act="gelu",
+    )  # fmt: skip
+    model = MoHGEForCausalLM(config).eval()
+    transformers_logger = logging.getLogger("transformers")
+    experts_mohge.logger.addHandler(caplog.handler)
+    type(transformers_logger).warning_once.cache_clear()
+    try:
+        for _ in range(2):
+            model(torch.tensor([[1, 2, 3]]))
+    finally:
+        experts_mohge.logger.removeHandler(caplog.handler)
+    assert len({id(record) for record in caplog.records if "gelu" in record.message}) == 1  # it may come two ways
+
+
+@pytest.mark.parametrize("implementation", ["mohge", "mohge_prepacked"])
+def test_function_transforms_fall_back(implementation, warnings_of_experts):
+    experts, inputs = make_experts(Case(), torch.float32, implementation), make_inputs(Case(), torch.float32)
+    hidden_states, index, weights, grad_output = inputs
+
+    def function(x):
+        return (experts(x, index, weights) * grad_output).sum()
+
+    gradient = torch.func.grad(function)(hidden_states)
+    expected = run_reference(Case(), experts, inputs)["d hidden_states"]
+    assert_close({"d": gradient}, {"d": expected}, RELATIVE_ERROR[torch.float32])
+    assert "torch.func" in warnings_of_experts[0]
+
+
+def test_swish_is_silu(warnings_of_experts):
+    experts, inputs = make_experts(Case(), torch.float32, "mohge"), make_inputs(Case(), torch.float32)
+    experts.hidden_act = "swish"
+    experts(*inputs[:3])
+    assert not warnings_of_experts
+
+
+def test_exported_graph_has_the_operator():
+    experts, inputs = make_experts(Case(), torch.float32, "mohge"), make_inputs(Case(), torch.float32)
+    program = torch.export.export(experts, inputs[:3], strict=False)
+    assert "mohge_kernels.swiglu_experts" in program.graph_module.code
+    assert_close({"output": program.module()(*inputs[:3])}, {"output": experts(*inputs[:3])}, 1e-6)
 
 
 def test_packed_copies_are_for_inference():

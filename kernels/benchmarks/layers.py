@@ -70,7 +70,7 @@ class Layer:
         )
         experts = MoHGEExperts(config, config).to(self.device, self.dtype)
         experts.init_weights(self.shape.hidden_size**-0.5)
-        return experts
+        return experts.eval()
 
     @cached_property
     def padded(self) -> SimpleNamespace:
@@ -88,9 +88,10 @@ class Layer:
         gate_up, down = zip(*self.uniform.groups(), strict=True)
         return _rectangle(torch.cat(gate_up).detach(), torch.cat(down).detach())
 
-    def matrices(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def matrices(self, name: str = "mohge") -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """gate_up [2W, H] and down [H, W] by id."""
-        groups = [(gate_up.detach(), down.detach()) for gate_up, down in self.experts.groups()]
+        experts = self.uniform if name == "uniform" else self.experts
+        groups = [(gate_up.detach(), down.detach()) for gate_up, down in experts.groups()]
         for slot in range(self.shape.experts_per_group):
             yield from ((gate_up[slot], down[slot]) for gate_up, down in groups)
 
@@ -147,8 +148,11 @@ class Layer:
         return 3 * self.shape.hidden_size * int(widths.sum()) * self.dtype.itemsize
 
     def check(self, name: str, tokens: int) -> float:
-        """The largest relative error of the output and every gradient, expert by expert, against float64."""
+        """The largest relative error of the output, with and without gradients, and of every gradient, expert by
+        expert, against float64."""
         x = self.inputs(tokens)
+        with torch.no_grad():
+            inferred = self.contestant(name)(x)
         x.hidden_states.requires_grad_()
         x.weights.requires_grad_()
         parameters = self.parameters_of(name)
@@ -158,7 +162,7 @@ class Layer:
         )
         expected = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in (output, d_hidden, d_weights)]
         errors = []
-        for expert, matrices in enumerate(self.matrices()):
+        for expert, matrices in enumerate(self.matrices(name)):
             token, slot = torch.where(x.index == expert)
             leaves = [t.detach().double().requires_grad_() for t in (x.hidden_states[token], x.weights[token, slot])]
             leaves += [matrix.double().requires_grad_() for matrix in matrices]
@@ -171,7 +175,7 @@ class Layer:
             for got, want in zip(self._of_expert(name, d_parameters, expert), gradients[2:], strict=True):
                 errors.append(relative_error(got, want))
         errors += [relative_error(*pair) for pair in zip((output, d_hidden, d_weights), expected, strict=True)]
-        return max(errors)
+        return max(*errors, relative_error(inferred, expected[0]))
 
     def _of_expert(self, name: str, gradients: list[torch.Tensor], expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         slot, group = divmod(expert, len(self.shape.widths))
@@ -218,18 +222,19 @@ class Layer:
         return torch.no_grad()(run)
 
     def _ceiling_gpu(self, tokens, backward):
-        top_k, experts = self.shape.top_k, self.shape.num_experts
+        top_k, experts, hidden_size = self.shape.top_k, self.shape.num_experts, self.shape.hidden_size
         count = tokens * top_k // experts
         position = torch.randperm(count * experts, device=self.device)[: count * experts // top_k * top_k]
+        position = position.view(-1, top_k)
         groups = [(gate_up.detach(), down.detach()) for gate_up, down in self.experts.groups()]
-        x = torch.randn(self.shape.experts_per_group, count, self.shape.hidden_size, device=self.device).to(self.dtype)
+        x = torch.randn(self.shape.experts_per_group, count, hidden_size, device=self.device).to(self.dtype)
+        rows = x.new_empty(len(groups), *x.shape)
 
         def run(_):
-            rows = []
-            for gate_up, down in groups:
+            for (gate_up, down), rows_g in zip(groups, rows, strict=True):
                 gate, up = (x @ gate_up.mT).chunk(2, -1)
                 activation = F.silu(gate) * up
-                rows.append((activation @ down.mT).flatten(0, 1))
+                torch.bmm(activation, down.mT, out=rows_g)
                 if backward:
                     d_activation = x @ down
                     x.mT @ activation
@@ -237,7 +242,7 @@ class Layer:
                     d_projection @ gate_up
                     d_projection.mT @ x
             for _ in range(1 + backward):
-                torch.cat(rows)[position].view(-1, top_k, self.shape.hidden_size).sum(1)
+                F.embedding_bag(position, rows.view(-1, hidden_size), mode="sum")
 
         return torch.no_grad()(run)
 

@@ -717,3 +717,69 @@ def test_captured_graph_follows_its_inputs(device):
             tensor.copy_(value)
         graph.replay()
         assert_close({"output": output}, {"output": run_reference(other, layer, new)["output"]})
+
+
+# What surrounds a call
+
+
+@each_implementation
+def test_autocast_changes_nothing(device):
+    case = Case(tokens=1)
+    layer, inputs = make_layer(case, device), make_inputs(case, device)
+    expected = run(layer, inputs)
+    with torch.autocast(device, torch.bfloat16):
+        assert_equal(run(layer, inputs), expected)
+        with torch.no_grad():
+            output = layer(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    assert output.dtype == torch.float32
+    assert_close({"output": output}, {"output": expected["output"].double()})
+
+
+@each_implementation
+def test_no_slots(device):
+    layer, inputs = make_layer(Case(), device), make_inputs(Case(), device)
+    inputs.top_k_index, inputs.top_k_weights = inputs.top_k_index[:, :0], inputs.top_k_weights[:, :0]
+    for value in run(layer, inputs).values():
+        assert not value.any()
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_default_device_does_not_matter(tokens, device):
+    case = Case(tokens=tokens)
+    layer, inputs = make_layer(case, device), make_inputs(case, device)
+    with torch.no_grad(), torch.device("meta"):
+        output = layer(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    assert torch.equal(output, run(layer, inputs)["output"]) or tokens == 1
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_forward_mode_differentiation_is_refused_and_not_wrong(device):
+    layer, inputs = make_layer(Case(), device), make_inputs(Case(), device)
+    layer.gate_up, layer.down = ([x.detach() for x in stacks] for stacks in (layer.gate_up, layer.down))
+
+    def function(x):
+        return layer(x, inputs.top_k_index, inputs.top_k_weights)
+
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(function, (inputs.hidden_states,), (torch.ones_like(inputs.hidden_states),))
+
+
+def test_settings_of_float32_products_can_be_read(monkeypatch):
+    """`allow_tf32` may not be read once the newer setting is in use, as it is with `TrainingArguments(tf32=True)`."""
+    triton_experts = pytest.importorskip("mohge_kernels.triton_experts", reason="needs triton")
+    layer, inputs = make_layer(Case()), make_inputs(Case())
+    hidden_states = inputs.hidden_states.to("meta")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        precisions = {}
+        for setting in ("ieee", "tf32"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            made = triton_experts._Layer(
+                hidden_states, [x.to("meta") for x in layer.gate_up], [x.to("meta") for x in layer.down], 4, 3
+            )
+            precisions[setting] = made.precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert precisions == {"ieee": "ieee", "tf32": "tf32"}

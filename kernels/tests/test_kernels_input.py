@@ -177,3 +177,16 @@ def test_valid_ids_pass_in_debug_mode(device, monkeypatch):
     assert_equal(run(layer, inputs), expected)
     empty = make_inputs(replace(CASE, tokens=0), device)
     assert layer(empty.hidden_states, empty.top_k_index, empty.top_k_weights).shape == (0, 20)
+
+
+@pytest.mark.parametrize("device", ["cpu", "interpreter"], indirect=True)
+@pytest.mark.parametrize("key", [-1, 1, 9, 99])
+def test_keys_of_no_expert_are_refused_in_debug_mode(key, device, monkeypatch):
+    case = replace(CASE, ids="interleaved")  # groups of 1, 2 and 3, three keys each: 1 is a place that group 0 lacks
+    layer, inputs = make_layer(case, device), make_inputs(case, device)
+    layer.key_of_expert[5] = key
+    monkeypatch.setenv("MOHGE_KERNELS_DEBUG", "1")
+    with Recorder() as operators, pytest.raises(ValueError, match=r"\bkey_of_expert\b") as error:
+        layer(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    assert REMEDY.search(str(error.value))
+    assert not operators.calls

@@ -83,6 +83,16 @@ def test_memory_goes_when_the_weights_go():
     assert len(cpu._SPARE_MEMORY) == before
 
 
+def test_inference_gives_the_memory_back():
+    layer = make_layer(CASE)
+    gradients(layer)
+    assert layer.gate_up[0] in cpu._SPARE_MEMORY
+    inputs = make_inputs(CASE)
+    with torch.no_grad():
+        layer(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    assert not any(weight in cpu._SPARE_MEMORY for weight in layer.parameters().values())
+
+
 def test_gradients_are_tensors_like_others():
     layer = make_layer(CASE)
     gradient = gradients(layer)["gate_up[0]"]

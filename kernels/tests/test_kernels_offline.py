@@ -42,11 +42,11 @@ SORT_OF_FEW = {"_sort_kernel"}
 
 def run_offline(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """In a process of its own: this one's kernels may be for the interpreter."""
-    folder = str(Path(mohge_kernels.__file__).parents[1])
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(Path(mohge_kernels.__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, "-m", "mohge_kernels.offline", *arguments],
-        env={**inherited, "PYTHONPATH": folder, **environment},
+        env={**inherited, "PYTHONPATH": os.pathsep.join(path), **environment},
         capture_output=True,
         text=True,
     )
@@ -64,11 +64,11 @@ def run_offline(*arguments: str, **environment: str) -> subprocess.CompletedProc
 )
 def test_kernels_fit_the_multiprocessor(case, sort, tensor_cores):
     process = run_offline(case, "--json")
-    assert process.returncode in (0, 1), process.stderr
+    assert process.stdout, process.stderr
     (kernels,) = json.loads(process.stdout).values()
-    assert {kernel["kernel"]: kernel["spilled"] for kernel in kernels if kernel["spilled"]} == {}
+    assert [kernel for kernel in kernels if kernel["spilled"]] == []
+    assert [kernel for kernel in kernels if kernel["shared_memory"] > SHARED_MEMORY] == []
     assert process.returncode == 0
-    assert all(0 < kernel["registers"] <= 255 and kernel["shared_memory"] <= SHARED_MEMORY for kernel in kernels)
 
     names = [kernel["kernel"] for kernel in kernels]
     assert sorted(names) == sorted(MATRIX_PRODUCTS | OTHERS | sort)

@@ -45,7 +45,8 @@ def _huge_pages(size: int) -> mmap.mmap | None:
 _HUGE_PAGE = 2**21
 
 _SPARE_MEMORY: "WeakTensorKeyDictionary[torch.Tensor, list[mmap.mmap]]" = WeakTensorKeyDictionary()
-"""Of each weight, the memory of a former gradient, for the next one. It goes when the weight goes."""
+"""Of each weight, the memory of a former gradient, for the next one. It goes with the weight, or when the weight runs
+without gradients."""
 
 
 def _empty_gradient(weight: torch.Tensor) -> torch.Tensor:
@@ -57,6 +58,13 @@ def _empty_gradient(weight: torch.Tensor) -> torch.Tensor:
     exported = (ctypes.c_char * size).from_buffer(memory)  # the storage keeps it, and it can be watched
     weakref.finalize(exported, _keep_one, spare, memory).atexit = False
     return torch.frombuffer(exported, dtype=weight.dtype).view(weight.shape)
+
+
+def release_spare_memory(weights: list[torch.Tensor]):
+    """Gives back what `_empty_gradient` keeps for weights that now run without gradients."""
+    if _SPARE_MEMORY:
+        for weight in weights:
+            _SPARE_MEMORY.pop(weight, None)
 
 
 def _keep_one(spare: list[mmap.mmap], memory: mmap.mmap):
@@ -83,17 +91,17 @@ class _Layout:
         self.counts = counts_C.tolist()
         self.places = [divmod(key, keys_per_group) for key in chosen.tolist()]
         self.sizes = [padded(count) for count in self.counts]
-        sizes_C = torch.tensor(self.sizes, dtype=torch.int64)
+        sizes_C = torch.tensor(self.sizes, dtype=torch.int64, device="cpu")
         self.rows = sum(self.sizes)
         ends_C = counts_C.cumsum(0)
         shifts_C = sizes_C.cumsum(0) - sizes_C - ends_C + counts_C
-        expert_R = torch.arange(len(self.sizes)).repeat_interleave(sizes_C, output_size=self.rows)
-        position_R = torch.minimum(torch.arange(self.rows) - shifts_C[expert_R], ends_C[expert_R] - 1)
+        expert_R = torch.arange(len(self.sizes), device="cpu").repeat_interleave(sizes_C, output_size=self.rows)
+        position_R = torch.minimum(torch.arange(self.rows, device="cpu") - shifts_C[expert_R], ends_C[expert_R] - 1)
         self.pairs_R = order_S[position_R].long()
         self.tokens_R = self.pairs_R // max(self.shape_TK[1], 1)
         # Skipped slots read a row behind the last, which is zero.
-        self.row_TK = torch.full((self.shape_TK.numel(),), self.rows)
-        rows_S = torch.arange(sum(self.counts))
+        self.row_TK = torch.full((self.shape_TK.numel(),), self.rows, device="cpu")
+        rows_S = torch.arange(sum(self.counts), device="cpu")
         rows_S += shifts_C.repeat_interleave(counts_C, output_size=rows_S.numel())
         self.row_TK[order_S[: rows_S.numel()].long()] = rows_S
         self.row_TK = self.row_TK.view(self.shape_TK)
@@ -128,7 +136,15 @@ class _Layout:
         return F.embedding_bag(self.row_TK, rows_RH, mode="sum", per_sample_weights=weights_TK)
 
 
-_ONEDNN_DTYPES = (torch.float32, torch.bfloat16) if torch.backends.mkldnn.is_available() else ()
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return (torch.float32,)
+    return (torch.float32, torch.bfloat16)
+
+
+_ONEDNN_DTYPES = _onednn_dtypes()
 
 
 class PackedExperts:
@@ -146,23 +162,29 @@ class PackedExperts:
     """
 
     def __init__(self, gate_up: list[torch.Tensor], down: list[torch.Tensor]):
-        weight = gate_up[0]
-        if weight.device.type != "cpu" or weight.dtype not in _ONEDNN_DTYPES:
-            raise ValueError(
-                f"`gate_up` is {weight.dtype} on {weight.device}: only "
-                f"{' and '.join(map(str, _ONEDNN_DTYPES)) or 'PyTorch with oneDNN'} on cpu can be packed"
-            )
+        reason = self.reason_against(gate_up[0])
+        if reason is not None:
+            raise ValueError(f"`gate_up` cannot be packed: {reason}")
         pack = torch.ops.mkldnn._reorder_linear_weight
         self.gate_up, self.down = (
             [[pack(matrix.detach(), _PACKED_FOR_ROWS) for matrix in stack] for stack in stacks]
             for stacks in (gate_up, down)
         )
 
+    @staticmethod
+    def reason_against(weight: torch.Tensor) -> str | None:
+        """Why weights like this one cannot be packed, in half a sentence; None if they can."""
+        if weight.device.type == "cpu" and weight.dtype in _ONEDNN_DTYPES:
+            return None
+        possible = " or ".join(map(str, _ONEDNN_DTYPES)) or "nothing without oneDNN"
+        return f"it is {weight.dtype} on {weight.device}, and this machine packs {possible} on cpu"
+
 
 _PACKED_FOR_ROWS = 24
 """oneDNN chooses a layout for a number of rows; this one's was within 2% of the best for 1 to 192 rows."""
 
 
+@torch.autocast("cpu", enabled=False)
 def forward(
     hidden_states: torch.Tensor,
     gate_up: list[torch.Tensor],
@@ -193,6 +215,7 @@ def forward(
     return layout.combine(rows_RH, weights), saved, order, position, counts
 
 
+@torch.autocast("cpu", enabled=False)
 @torch.no_grad()
 def infer(
     hidden_states: torch.Tensor,
@@ -216,6 +239,7 @@ def infer(
     return weights[:, [slot for slot, _ in chosen]].to(rows.dtype) @ rows
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     grad_output: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -307,7 +331,7 @@ def _sort(index_TK: torch.Tensor, key_of_expert: torch.Tensor, keys: int) -> tup
     sorted_S, order_S = keys_TK.flatten().sort(stable=True)
     counts = sorted_S.bincount(minlength=keys + 1)[:keys]
     position_S = torch.empty_like(order_S)
-    position_S[order_S] = torch.arange(order_S.numel()).masked_fill_(sorted_S == keys, -1)
+    position_S[order_S] = torch.arange(order_S.numel(), device="cpu").masked_fill_(sorted_S == keys, -1)
     return order_S.int(), position_S.int().view_as(keys_TK), counts.int()
 
 

@@ -7,6 +7,7 @@ import torch
 
 from . import cpu, ops
 from .cpu import PackedExperts
+from .dispatch import transforms_active
 
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -28,8 +29,9 @@ def swiglu_experts(
     `top_k_weights[t, k] * down @ (silu(gate @ x) * (up @ x))`, added up in float32.
 
     Deterministic; on CUDA without waiting for the device. Differentiable once in `hidden_states`, `top_k_weights` and
-    the weights of the experts; for those that require no gradient none is computed. With `MOHGE_KERNELS_DEBUG=1` in
-    the environment ids are checked too, which waits for the device.
+    the weights of the experts, in reverse mode; gradients of `gate_up` are computed if any of them requires one, and
+    so those of `down`. With `MOHGE_KERNELS_DEBUG=1` in the environment ids and keys are checked too, which waits for
+    the device.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(tokens, hidden_size)`):
@@ -54,6 +56,7 @@ def swiglu_experts(
 
     Raises:
         ValueError: if dtypes, devices, shapes or strides do not fit; nothing has run then.
+        NotImplementedError: inside `torch.func` and forward-mode differentiation.
     """
     check_weights(gate_up, down)
     counts = [stack.shape[0] for stack in gate_up]
@@ -66,7 +69,10 @@ def swiglu_experts(
         tensor.requires_grad for tensor in (hidden_states, top_k_weights, *gate_up, *down)
     )
     plain = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
+    if plain and transforms_active():
+        raise NotImplementedError("swiglu_experts knows neither torch.func nor forward-mode differentiation")
     if not save and plain and ops.implementation(hidden_states) is cpu:
+        cpu.release_spare_memory(gate_up + down)
         if packed is not None:
             gate_up, down = packed.gate_up, packed.down
         return cpu.infer(hidden_states, gate_up, down, top_k_index, key_of_expert, top_k_weights, keys_per_group)
@@ -90,7 +96,9 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
 def _reason_against_gpu(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is not None:
+        return "the kernels have not been tried on ROCm"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need a GPU of compute capability 8.0 or higher"
     return None
 
@@ -181,6 +189,15 @@ def _check_call(hidden_states, gate_up, top_k_index, top_k_weights, key_of_exper
                 f"`top_k_index` has ids from {lowest} to {highest}: they must be 0 to {key_of_expert.shape[0] - 1}, "
                 f"or {key_of_expert.shape[0]} for a slot to skip"
             )
+        if not _keys_exist(key_of_expert, gate_up, keys_per_group):
+            raise ValueError(
+                "`key_of_expert` has keys of experts that do not exist: give group * keys_per_group + place in group"
+            )
+
+
+def _keys_exist(key_of_expert: torch.Tensor, gate_up: list[torch.Tensor], keys_per_group: int) -> bool:
+    places = {group * keys_per_group + place for group, stack in enumerate(gate_up) for place in range(len(stack))}
+    return places.issuperset(key_of_expert.tolist())
 
 
 def _keys_by_group(counts: list[int], keys_per_group: int, device: torch.device) -> torch.Tensor:

@@ -40,7 +40,8 @@ class _Layer:
         if self.device.type == "cpu":
             self.precision = "interpreter"
         else:
-            self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+            # The older `allow_tf32` may not be read once somebody has set this one.
+            self.precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         self.layout = {
             "WIDTHS": self.widths,
             "B": keys_per_group,
@@ -167,6 +168,8 @@ def forward(
             rows = layer.empty(layer.pairs, layer.hidden_size)
             layer.rows("down", activation, layer.down, counts, rows)
             layer.combine(rows, weights.contiguous(), position, output)
+        else:
+            output.zero_()
     return output, pre, order, position, counts
 
 
