@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 
 from .triton_forward import (
+    find_tile,
     halves,
     multiply_add,
     of_group,
     pack,
-    pick,
     pointer_of_group,
     ragged_layout,
     tiles_before,
@@ -76,11 +76,10 @@ def d_activation_kernel(
     row_and_count = pack(row_start, count)
 
     for tile in tl.range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        hit = (tile >= tile_start) & (tile < tile_end)
-        found, rows = pick(hit, tile_and_key), pick(hit, row_and_count)
-        element = pick(hit, element_start) * ALIGN
-        local, e = tile - (found >> 32).to(tl.int32), found.to(tl.int32)
-        row0, m_size = (rows >> 32).to(tl.int32), rows.to(tl.int32)
+        e, local, row0, m_size, element = find_tile(
+            tile, tile_start, tile_end, tile_and_key, row_and_count, element_start
+        )
+        element *= ALIGN
         group = e // B
         w = of_group(group, WIDTHS)
         n_tiles = tl.cdiv(w, BLOCK_N)
@@ -152,11 +151,10 @@ def d_weights_kernel(
     row_and_count = pack(row_start, count)
 
     for tile in tl.range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        hit = (tile >= tile_start) & (tile < tile_end)
-        found, rows = pick(hit, tile_and_key), pick(hit, row_and_count)
-        element = pick(hit, element_start) * ALIGN
-        local, e = tile - (found >> 32).to(tl.int32), found.to(tl.int32)
-        row0, k_size = (rows >> 32).to(tl.int32), rows.to(tl.int32)
+        e, local, row0, k_size, element = find_tile(
+            tile, tile_start, tile_end, tile_and_key, row_and_count, element_start
+        )
+        element *= ALIGN
         group = e // B
         w = of_group(group, WIDTHS)
         # A factor instead of a branch: the loads of both kinds have the same form.

@@ -68,6 +68,16 @@ def pick(hit, values):
 
 
 @triton.jit
+def find_tile(tile, tile_start, tile_end, tile_and_key, row_and_count, element_start):
+    """The key of a tile, the tile's number among those of the key, the key's first row and number of rows, and its
+    first element in a ragged buffer, in units of ALIGN."""
+    hit = (tile >= tile_start) & (tile < tile_end)
+    found, rows = pick(hit, tile_and_key), pick(hit, row_and_count)
+    local = tile - (found >> 32).to(tl.int32)
+    return found.to(tl.int32), local, (rows >> 32).to(tl.int32), rows.to(tl.int32), pick(hit, element_start)
+
+
+@triton.jit
 def multiply_add(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "interpreter":  # whose products take no bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -106,11 +116,10 @@ def up_kernel(
     row_and_count = pack(row_start, count)
 
     for tile in tl.range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        hit = (tile >= tile_start) & (tile < tile_end)
-        found, rows = pick(hit, tile_and_key), pick(hit, row_and_count)
-        element = pick(hit, element_start) * ALIGN
-        local, e = tile - (found >> 32).to(tl.int32), found.to(tl.int32)
-        row0, m_size = (rows >> 32).to(tl.int32), rows.to(tl.int32)
+        e, local, row0, m_size, element = find_tile(
+            tile, tile_start, tile_end, tile_and_key, row_and_count, element_start
+        )
+        element *= ALIGN
         group = e // B
         w = of_group(group, WIDTHS)
         n_tiles = tl.cdiv(w, BLOCK_N)
@@ -174,11 +183,10 @@ def rows_kernel(
     row_and_count = pack(row_start, count)
 
     for tile in tl.range(tl.program_id(0), tl.sum(tiles, axis=0), tl.num_programs(0), flatten=FLATTEN):
-        hit = (tile >= tile_start) & (tile < tile_end)
-        found, rows = pick(hit, tile_and_key), pick(hit, row_and_count)
-        element = pick(hit, element_start) * ALIGN
-        local, e = tile - (found >> 32).to(tl.int32), found.to(tl.int32)
-        row0, m_size = (rows >> 32).to(tl.int32), rows.to(tl.int32)
+        e, local, row0, m_size, element = find_tile(
+            tile, tile_start, tile_end, tile_and_key, row_and_count, element_start
+        )
+        element *= ALIGN
         group = e // B
         k_size = FACTOR * of_group(group, WIDTHS)
         m0, n0 = local // N_TILES * BLOCK_M, local % N_TILES * BLOCK_N
