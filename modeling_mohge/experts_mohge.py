@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, grouped_mm_experts_forward
 from transformers.utils import logging
-from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 
 try:
@@ -96,7 +96,7 @@ def mohge_forward(
     changes; changes through `.data` are not seen.
     """
     gate_up, down = map(list, zip(*experts.groups(), strict=True))
-    dtype = _compute_dtype(hidden_states, gate_up[0])
+    dtype = compute_dtype(hidden_states, gate_up[0])
     reason = _reason_against_kernels(experts, gate_up + down, dtype)
     if reason is not None:
         if not is_torchdynamo_compiling():
@@ -169,7 +169,7 @@ def grouped_mm_forward(
             experts, hidden_states, top_k_index, top_k_weights, function=grouped_mm_experts_forward
         )
     groups = experts.groups()
-    dtype = _compute_dtype(hidden_states, groups[0][0])  # grouped_mm does not follow autocast by itself
+    dtype = compute_dtype(hidden_states, groups[0][0])  # grouped_mm does not follow autocast by itself
     pairs = _SortedPairs(
         experts.sort_keys(top_k_index), [gate_up.shape[0] for gate_up, _ in groups], experts.keys_per_group
     )
@@ -185,7 +185,8 @@ def grouped_mm_forward(
     return pairs.combine(rows, top_k_weights).to(hidden_states.dtype)
 
 
-def _compute_dtype(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def compute_dtype(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype that the experts compute in: that of their weights, or of autocast."""
     device = hidden_states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
@@ -253,29 +254,10 @@ class _GroupOfExperts:
         self._apply_gate = experts._apply_gate
 
 
-if is_torch_distributed_available():
-    from torch.distributed.tensor import Shard
-    from transformers.distributed.expert_parallel import MoEParamShard
-    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
-
-    class HeterogeneousExpertsShard(MoEParamShard):
-        """Expert-parallel style of one group's stack of weights: each rank holds the same share of every group, and
-        so, in the set-by-set numbering, a contiguous range of ids (MoHGE's all-size group-decoupling allocation)."""
-
-        def __init__(self):
-            super().__init__(Shard(0))
-
-        def shard_param(self, module, param, mesh):
-            count, ranks = module._parameters[param].shape[0], mesh.size()
-            if count % ranks:
-                raise ValueError(
-                    f"`num_experts_per_group`: {param} has {count} experts, which {ranks} ranks cannot share "
-                    "equally: choose an `ep_size` that divides the number of experts of every group"
-                )
-            super().shard_param(module, param, mesh)
-            module.num_experts = len(module.expert_groups) // ranks
-            module._is_expert_parallel = True
-
-    ALL_PARALLEL_STYLES.register("heterogeneous_experts", HeterogeneousExpertsShard())
-
-__all__ = ["HeterogeneousExpertsInterface", "grouped_mm_forward", "mohge_forward", "per_group_forward"]
+__all__ = [
+    "HeterogeneousExpertsInterface",
+    "compute_dtype",
+    "grouped_mm_forward",
+    "mohge_forward",
+    "per_group_forward",
+]

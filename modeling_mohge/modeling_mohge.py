@@ -1,8 +1,8 @@
 """PyTorch MoHGE model: a decoder with mixtures of SwiGLU experts of different width."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import cache, partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_mohge import MoHGEConfig
@@ -36,6 +36,9 @@ from .experts_mohge import HeterogeneousExpertsInterface
 from .losses_mohge import has_router_losses, router_losses
 from .routing_mohge import MoHGERouter, RouterOutput
 
+
+if is_torch_distributed_available():
+    from .parallel_mohge import check_layout, check_ranks_agree
 
 logger = logging.get_logger(__name__)
 
@@ -222,6 +225,7 @@ class MoHGEExperts(nn.Module):
         self.keys_per_group = max(layer_config.expert_counts)
         self.key_of_expert: torch.Tensor
         self.register_buffer("key_of_expert", self._key_table(), persistent=False)
+        self.meanwhile: Callable | None = None  # what expert parallelism runs while tokens travel
 
     def _key_table(self) -> torch.Tensor:
         return torch.tensor(self.expert_groups) * self.keys_per_group + torch.tensor(self.expert_slots)
@@ -279,17 +283,24 @@ class MoHGESparseMoeBlock(nn.Module):
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing: RouterOutput = self.gate(flat_hidden_states)
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
-        index = routing.index
-        if _unwrap(self.experts)._is_expert_parallel:
-            # Expert-parallel dispatch knows no empty slots: they repeat the token's first expert, at weight 0.
-            index = torch.where(index < _unwrap(self.gate).config.num_experts, index, index[:, :1])
-        output = self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
-        if self.shared_expert is not None:
-            shared = self.shared_expert(hidden_states)
-            if self.shared_expert_gate is not None:
-                shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
-            output = output + shared
-        return output
+        if self.shared_expert is None:
+            return self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
+
+        experts = _unwrap(self.experts)
+        if not experts._is_expert_parallel:
+            output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
+            return output + self._shared_output(hidden_states)
+        # Tokens that travel to other ranks leave time to compute the shared expert.
+        shared_output = experts.meanwhile = cache(partial(self._shared_output, hidden_states))
+        output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
+        experts.meanwhile = None
+        return output + shared_output()
+
+    def _shared_output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        shared = self.shared_expert(hidden_states)
+        if self.shared_expert_gate is not None:
+            shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
+        return shared
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -355,6 +366,17 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if config.router_logit_ema_strength:
             self._keep_in_fp32_modules_strict = {"logit_ema_E", "logit_pending"}
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """See `DistributedMixin.maybe_distribute_model`. Checks first that the model can be spread that way and that
+        all ranks load the same; `ep_implementation="auto"` means `"mohge"`."""
+        if mesh_manager is not None:
+            check_layout(model.config, distributed_config)
+            check_ranks_agree(model.config)
+            if distributed_config.ep_implementation == "auto":
+                distributed_config = replace(distributed_config, ep_implementation="mohge")
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
