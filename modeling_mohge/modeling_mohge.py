@@ -457,7 +457,8 @@ class MoHGEModel(MoHGEPreTrainedModel):
     @property
     def routers(self) -> list[MoHGERouter]:
         """The router of each layer that has experts, in order."""
-        return [_unwrap(layer.mlp.gate) for layer in self.layers if isinstance(layer.mlp, MoHGESparseMoeBlock)]
+        blocks = (getattr(layer, "mlp", None) for layer in self.layers)  # pipeline stages hold some layers only
+        return [_unwrap(block.gate) for block in blocks if isinstance(block, MoHGESparseMoeBlock)]
 
     @_add_group_logits
     @merge_with_config_defaults

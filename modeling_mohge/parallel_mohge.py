@@ -150,7 +150,8 @@ class HeterogeneousAllToAllEP(AllToAllEP):
         back = _Exchange(recv_sizes, send_sizes, group)
         rows_SH = _Finish.apply(_Start.apply(rows_PH, back), back)
         pairs = rows_SH.new_zeros(index.numel(), rows_SH.shape[1]).index_copy(0, order, rows_SH)
-        return (weights_TK.to(pairs.dtype).unsqueeze(1) @ pairs.unflatten(0, index_TK.shape)).squeeze(1)
+        # No view may leave here: FSDP hangs its hooks on what the module returns.
+        return (pairs.unflatten(0, index_TK.shape) * weights_TK.to(pairs.dtype).unsqueeze(-1)).sum(1)
 
 
 class HeterogeneousEP(AutoEP):
@@ -229,7 +230,9 @@ def check_ranks_agree(config: MoHGEConfig):
         ValueError: on every rank, naming the first rank that differs from rank 0, and in what.
     """
     mine = {"torch": torch.__version__, "transformers": transformers_version, "mohge": _own_version()}
-    mine |= {f"config.{name}": json.dumps(value) for name, value in json.loads(config.to_json_string(False)).items()}
+    fields = json.loads(config.to_json_string(use_diff=False))
+    del fields["_name_or_path"]  # each node may have its own copy
+    mine |= {f"config.{name}": json.dumps(value) for name, value in fields.items()}
     every: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     for rank, theirs in enumerate(every):

@@ -746,6 +746,18 @@ def test_autocast_changes_nothing(device):
 
 
 @each_implementation
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_inference_of_tokens_whose_slots_are_all_skipped(tokens, device):
+    """As on a rank that is chosen by none of a batch, under expert parallelism by all-reduce."""
+    layer, inputs = make_layer(Case(), device), make_inputs(replace(Case(), tokens=tokens), device)
+    inputs.top_k_index.fill_(Case().num_experts)
+    with torch.no_grad():
+        output = layer(inputs.hidden_states, inputs.top_k_index, inputs.top_k_weights)
+    assert output.shape == inputs.hidden_states.shape
+    assert not output.any()
+
+
+@each_implementation
 def test_no_slots(device):
     layer, inputs = make_layer(Case(), device), make_inputs(Case(), device)
     inputs.top_k_index, inputs.top_k_weights = inputs.top_k_index[:, :0], inputs.top_k_weights[:, :0]

@@ -232,7 +232,7 @@ def infer(
     keys = key_of_expert.tolist()
     chosen = [(slot, keys[id]) for slot, id in enumerate(index[0].tolist()) if 0 <= id < len(keys)]
     rows = hidden_states.new_empty(len(chosen), hidden_states.shape[1])
-    for (_, key), row in zip(chosen, rows.split(1), strict=True):
+    for (_, key), row in zip(chosen, rows.unsqueeze(1), strict=True):
         group, slot = divmod(key, keys_per_group)
         gate, up = _linear(hidden_states, gate_up[group][slot]).chunk(2, dim=-1)
         _linear(F.silu(gate).mul_(up), down[group][slot], row)

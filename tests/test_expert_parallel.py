@@ -1,0 +1,135 @@
+"""Two ranks compute what one process does, each with its share of the weights, and exchange no more than they must."""
+
+import pytest
+import torch
+from parallel_cases import SCENARIOS
+from parallel_checks import (
+    Launch,
+    check_checkpoint,
+    check_gradients,
+    check_logits,
+    check_nothing_is_held_twice,
+    check_own_experts,
+    check_statistics,
+    names,
+)
+
+from mohge.configuration_mohge import ROUTER_COEFFICIENTS
+
+
+LAYOUTS = ["ep = fsdp", "ep = tp"]
+OWN_EXPERTS = [name for name in names(2) if "ep_size" in SCENARIOS[2][name].layout]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    return Launch(2, tmp_path_factory.mktemp("two_ranks"))
+
+
+@pytest.mark.parametrize("name", [*names(2), *names(2, "evaluate"), *names(2, "adapted")])
+def test_logits_are_those_of_one_process(name, launch):
+    check_logits(launch, name)
+
+
+@pytest.mark.parametrize("name", names(2))
+def test_gradients_are_those_of_one_process(name, launch):
+    check_gradients(launch, name)
+
+
+@pytest.mark.parametrize("name", names(2))
+def test_losses_and_counts_are_those_of_one_process(name, launch):
+    check_statistics(launch, name)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp", *LAYOUTS])
+def test_every_router_loss_is_compared(layout, launch):
+    assert launch.one_process(f"{layout}, two_level")["router_losses"].keys() == ROUTER_COEFFICIENTS.keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("run", ["bfloat16", "autocast"])
+def test_bfloat16_is_as_close_as_its_rounding(run, layout, launch):
+    name = f"{layout}, {run}"
+    expected = launch.one_process(name)["logits"].float()
+    assert expected.isfinite().all()
+    for batch in launch.batches(name):
+        logits = torch.cat([part["logits"] for part in batch]).float()
+        assert (logits - expected).norm() <= 0.02 * expected.norm()
+    check_gradients(launch, name, tolerance=0.05)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("idle", [0, 1])
+def test_idle_rank_has_no_token(idle, layout, launch):
+    name = f"{layout}, rank {idle} idle"
+    config = launch.config(name)
+    counts = launch.one_process(name)["tokens_per_expert"][0].chunk(2)
+    assert counts[idle].sum() == 0
+    assert counts[1 - idle].sum() == 8 * 9 * config.num_experts_per_tok
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_some_slots_are_empty_with_top_p(layout, launch):
+    result, config = launch.one_process(f"{layout}, top_p"), launch.config(f"{layout}, top_p")
+    for counts in result["tokens_per_expert"]:
+        assert 0.3 < counts.sum() / (len(result["logits"]) * config.num_experts_per_tok) < 0.95
+
+
+@pytest.mark.parametrize("name", OWN_EXPERTS)
+def test_rank_holds_its_range_of_experts(name, launch):
+    check_own_experts(launch, name)
+
+
+@pytest.mark.parametrize("name", [name for name in names(2) if SCENARIOS[2][name].tp_size == 1])
+def test_no_parameter_is_held_twice(name, launch):
+    check_nothing_is_held_twice(launch, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_own_implementation_is_the_default(layout, launch):
+    for name, expected in {"two_level": "mohge", "mohge": "mohge", "all_to_all": "all_to_all"}.items():
+        assert {rank["implementation"] for rank in launch.ranks(f"{layout}, {name}")} == {expected}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [2, 6])
+def test_one_exchange_of_counts_and_one_of_rows_each_way(groups, layout, launch):
+    for rank in launch.ranks(f"{layout}, exchanges of {groups} groups"):
+        layers = 2
+        assert [_kind(dtype) for dtype, _ in rank["forward"]] == ["counts", "rows", "rows"] * layers
+        assert [_kind(dtype) for dtype, _ in rank["backward"]] == ["rows", "rows"] * layers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("run", ["exchanges of 6 groups", "exchanges with empty slots"])
+def test_each_choice_travels_once(run, layout, launch):
+    ranks = launch.ranks(f"{layout}, {run}")
+    for layer, choices in enumerate(launch.one_process(f"{layout}, {run}")["choices"]):
+        _, there, back = zip(*(rank["forward"][3 * layer : 3 * layer + 3] for rank in ranks), strict=True)
+        assert choices > 0
+        assert sum(shape[0] for _, shape in there) == sum(shape[0] for _, shape in back) == choices
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("run", ["in bfloat16", "under autocast"])
+def test_rows_travel_in_the_dtype_of_the_computation(run, layout, launch):
+    for rank in launch.ranks(f"{layout}, exchanges {run}"):
+        for direction in ("forward", "backward"):
+            rows = [dtype for dtype, _ in rank[direction] if _kind(dtype) == "rows"]
+            assert rows == ["torch.bfloat16"] * 4
+
+
+def _kind(dtype: str) -> str:
+    return "counts" if "int" in dtype else "rows"
+
+
+@pytest.mark.parametrize("name", names(2, "generate"))
+def test_generated_tokens_are_those_of_one_process(name, launch):
+    expected = launch.one_process(name)["tokens"]
+    for rank in launch.ranks(name):
+        assert all(torch.equal(actual, tokens) for actual, tokens in zip(rank["tokens"], expected, strict=True))
+
+
+@pytest.mark.parametrize("name", names(2, "save"))
+def test_saved_checkpoint_is_the_source_bit_by_bit(name, launch):
+    check_checkpoint(launch, name)
