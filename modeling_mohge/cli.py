@@ -9,6 +9,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 from mohge.conversion.command import add_arguments as add_convert_arguments
 from mohge.conversion.command import run as run_convert
+from mohge.training.placement.command import add_arguments as add_place_arguments
+from mohge.training.placement.command import run as run_place
+from mohge.training.simulation.command import add_arguments as add_simulate_arguments
+from mohge.training.simulation.command import run as run_simulate
 
 from .configuration_mohge import MoHGEConfig
 
@@ -23,6 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="turn a dense or homogeneous checkpoint into expert groups, or back")
     convert.set_defaults(run=run_convert)
     add_convert_arguments(convert)
+    place = commands.add_parser(
+        "place", help="where experts go on several devices, what it costs, and how to launch it"
+    )
+    place.set_defaults(run=run_place)
+    add_place_arguments(place)
+    simulate = commands.add_parser("simulate", help="balance and step time of expert allocations on many devices")
+    simulate.set_defaults(run=run_simulate)
+    add_simulate_arguments(simulate)
     demo = commands.add_parser("demo", help="train, save, reload and sample a small model on real text")
     demo.set_defaults(run=_demo)
     _add_demo_arguments(demo)
@@ -61,7 +73,7 @@ def load_config(source: str) -> MoHGEConfig:
             raise ValueError(f"{source} is not JSON ({error}): give a config.json or its folder") from error
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: give the folder of a saved model")
-    elif not path.exists() and source.count("/") != 1:  # not the form of a Hub id either
+    elif not path.exists() and (source.count("/") != 1 or path.suffix == ".json"):  # not the form of a Hub id either
         raise FileNotFoundError(f"{source} does not exist: give a config.json or the folder of a saved model")
     else:
         values, _ = MoHGEConfig.get_config_dict(source)

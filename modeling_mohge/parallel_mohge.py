@@ -183,7 +183,7 @@ def check_layout(config: MoHGEConfig, layout: DistributedConfig):
         if getattr(config, name) % layout.tp_size:
             raise ValueError(
                 f"`tp_size` {layout.tp_size} does not divide `{name}` ({getattr(config, name)}): "
-                f"use {_one_of(_divisors(getattr(config, name)))}"
+                f"use {_one_of(divisors(getattr(config, name)))}"
             )
     if layout.ep_size > 1 and layout.ep_implementation == "all_to_all" and config.router_type == "top_p":
         raise ValueError(
@@ -194,7 +194,7 @@ def check_layout(config: MoHGEConfig, layout: DistributedConfig):
         if sets % layout.ep_size:
             raise ValueError(
                 f"`ep_size` {layout.ep_size} does not divide the {sets} sets of experts (the greatest common divisor "
-                f"of `num_experts_per_group` {layer.expert_counts}): use {_one_of(_divisors(sets))}"
+                f"of `num_experts_per_group` {layer.expert_counts}): use {_one_of(divisors(sets))}"
             )
         if layout.ep_size > 1 and _empty_shards(fewest // layout.ep_size, layout.efsdp_size):
             raise ValueError(
@@ -204,7 +204,7 @@ def check_layout(config: MoHGEConfig, layout: DistributedConfig):
         if layout.ep_size == 1 and _empty_shards(narrowest, layout.tp_size):
             raise ValueError(
                 f"`tp_size` {layout.tp_size} leaves ranks without a share of experts of width {narrowest}: "
-                f"set `ep_size` to it, or use {_one_of(_divisors(narrowest))}"
+                f"set `ep_size` to it, or use {_one_of(divisors(narrowest))}"
             )
 
 
@@ -213,7 +213,8 @@ def _empty_shards(size: int, ranks: int) -> bool:
     return -(-size // ranks) * (ranks - 1) >= size and ranks > 1
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, ascending."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
@@ -258,4 +259,5 @@ __all__ = [
     "HeterogeneousExpertsShard",
     "check_layout",
     "check_ranks_agree",
+    "divisors",
 ]

@@ -1,7 +1,22 @@
 """Training of MoHGE models with Hugging Face Trainer."""
 
-from .metrics import RouterStatistics
-from .trainer import MoHGETrainer, RouterScheduleCallback
+from importlib import import_module
 
 
-__all__ = ["MoHGETrainer", "RouterScheduleCallback", "RouterStatistics"]
+_MODULES = {
+    "MoHGETrainer": "trainer",
+    "PeerWatchdog": "watchdog",
+    "RouterScheduleCallback": "trainer",
+    "RouterStatistics": "metrics",
+    "RouterTraffic": "traffic",
+}
+
+
+def __getattr__(name: str):
+    """Import what is asked for: `Trainer` takes seconds to import, and most commands do without it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+__all__ = ["MoHGETrainer", "PeerWatchdog", "RouterScheduleCallback", "RouterStatistics", "RouterTraffic"]

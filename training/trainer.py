@@ -1,15 +1,31 @@
 """Training MoHGE models with Hugging Face Trainer."""
 
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed.checkpoint import save_optimizer_distributed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from mohge import MoHGEForCausalLM
 
+from .checkpointing import (
+    OPTIMIZER_FOLDER,
+    barrier,
+    check_same_model,
+    load_optimizer,
+    load_scheduler,
+    load_sharded_weights,
+)
 from .metrics import RouterStatistics
+from .traffic import RouterTraffic
+from .watchdog import PeerWatchdog
 
 
 class RouterScheduleCallback(TrainerCallback):
@@ -25,16 +41,33 @@ class MoHGETrainer(Trainer):
     `Trainer` that keeps the router losses under label smoothing and `compute_loss_func`, where `Trainer` drops them,
     and logs the language-model loss (`lm_loss`) and, under `router/`, the value of each router loss and the figures of
     [`RouterStatistics.summary`]. Otherwise a plain `Trainer` computes the same loss. Arguments are those of `Trainer`.
+
+    It also checkpoints and resumes models that `from_pretrained(..., distributed_config=...)` has spread over ranks,
+    which `Trainer` refuses: the weights are gathered into the checkpoint, the optimizer's state is written as each
+    rank holds it, and a run on any other layout, or on one process, goes on from both. A checkpoint gets its name when
+    it is complete, so one that is cut off leaves those before it as they were. Distributed runs have a
+    [`PeerWatchdog`], and every run leaves its newest routing in `traffic.json` for `mohge place` and `mohge simulate`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        save_only_model = args.save_only_model
+        if getattr(model, "is_distributed_loading_by_transformers", False):
+            args.save_only_model = True  # which Trainer insists on, not knowing the methods below
+        try:
+            super().__init__(model, args, *more, **kwargs)
+        finally:
+            args.save_only_model = save_only_model
         self.add_callback(RouterScheduleCallback())
+        self.add_callback(PeerWatchdog())
         if self.label_smoother is not None:
             self.label_smoother = self._with_router_losses(self.label_smoother)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._with_router_losses(self.compute_loss_func)
         self._start_sums()
+        config = _base_model(self.model).config
+        self._traffic = RouterTraffic(config) if config.sparse_layers else None
+        self._staging: str | None = None  # folder of a checkpoint that is being written
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`. Gathers what `log` adds."""
@@ -55,6 +88,7 @@ class MoHGETrainer(Trainer):
             mask = inputs.get("attention_mask")
             tokens = outputs.logits.shape[:2].numel() if mask is None else mask.sum()
             self._statistics.add(outputs.tokens_per_expert, tokens)
+            self._traffic.add(outputs.tokens_per_expert, tokens)
         return (loss, outputs) if return_outputs else loss
 
     def _share_of_targets(self, inputs: dict, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
@@ -106,6 +140,98 @@ class MoHGETrainer(Trainer):
             self._statistics.set_tensors(self.accelerator.reduce(self._statistics.tensors(), "sum"))
             figures |= {f"router/{name}": value for name, value in self._statistics.summary().items()}
         return figures
+
+    # Checkpoints.
+
+    def _get_output_dir(self, trial):
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = super()._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staging = os.path.join(run_dir, ".incomplete")
+        written, final = os.path.join(staging, name), os.path.join(run_dir, name)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        barrier()
+        self._staging = staging
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        barrier()  # every rank has written its part
+        if self.state.best_model_checkpoint == written:
+            self.state.best_model_checkpoint = final
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            if os.path.exists(final):
+                os.rename(final, os.path.join(staging, "replaced"))
+            os.rename(written, final)
+            shutil.rmtree(staging)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.is_distributed_loading_by_transformers:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer_distributed(self.model, self._plain_optimizer(), os.path.join(output_dir, OPTIMIZER_FOLDER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.model if model is None else model
+        if isinstance(model, MoHGEForCausalLM):
+            check_same_model(model.config, resume_from_checkpoint)
+        if self.is_distributed_loading_by_transformers:
+            load_sharded_weights(model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if self.is_distributed_loading_by_transformers:
+            load_sharded_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        if os.path.isdir(os.path.join(checkpoint, OPTIMIZER_FOLDER)):
+            load_optimizer(self.model, self._plain_optimizer(), os.path.join(checkpoint, OPTIMIZER_FOLDER))
+            load_scheduler(self.lr_scheduler, os.path.join(checkpoint, SCHEDULER_NAME))
+        elif self.is_distributed_loading_by_transformers and os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
+            raise ValueError(
+                f"{checkpoint} holds the optimizer of a run that was not spread over ranks: resume it that way, or "
+                "start anew from its weights, without `resume_from_checkpoint`"
+            )
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+
+    # Traffic.
+
+    def train(self, *args, **kwargs):
+        """See `Trainer.train`. Writes `traffic.json` at the end."""
+        result = super().train(*args, **kwargs)
+        if self._traffic is not None:
+            self._save_traffic(self._traffic)
+        return result
+
+    def _save_traffic(self, traffic: RouterTraffic):
+        by_rank = [traffic.records]
+        if dist.is_available() and dist.is_initialized():
+            by_rank = [None] * dist.get_world_size()
+            dist.all_gather_object(by_rank, traffic.records)
+            by_rank = by_rank[:: self.get_tp_size()]  # ranks of a tensor-parallel group see the same batches
+        if self.args.should_save and any(by_rank):
+            everything = RouterTraffic(_base_model(self.model).config)
+            everything.extend(
+                [record for forward in zip(*by_rank, strict=False) for record in forward][-traffic.limit :]
+            )
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            everything.save(os.path.join(self.args.output_dir, "traffic.json"))
 
 
 def _base_model(model: nn.Module) -> MoHGEForCausalLM:

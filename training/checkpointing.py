@@ -1,0 +1,105 @@
+"""
+Checkpoints of runs on several ranks: the weights gathered into one model folder, the optimizer's state as each rank
+holds it (torch.distributed.checkpoint), so that any other layout, or one process, can go on from them.
+"""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed.checkpoint import _redistribute_state_dict, load_optimizer_distributed
+
+from mohge import MoHGEConfig
+from mohge.configuration_mohge import ROUTER_COEFFICIENTS
+
+
+OPTIMIZER_FOLDER = "optimizer"
+"""Folder of a checkpoint that holds the optimizer's state of a sharded run."""
+
+_MAY_CHANGE = {
+    *ROUTER_COEFFICIENTS.values(),
+    *("group_aux_loss_start", "router_intra_group_warmup", "router_logit_ema_decay", "attention_dropout"),
+    *("initializer_range", "max_position_embeddings", "use_cache", "output_router_logits"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    *(field.name for field in dataclasses.fields(PreTrainedConfig)),
+}
+
+
+def check_same_model(config: MoHGEConfig, folder: str | Path):
+    """
+    Check that the checkpoint in `folder` belongs to the model of `config`. Coefficients, schedules and token ids may
+    differ.
+
+    Raises:
+        ValueError: naming the first field that differs.
+    """
+    saved = MoHGEConfig.from_pretrained(folder)
+    for field in dataclasses.fields(MoHGEConfig):
+        ours, theirs = getattr(config, field.name), getattr(saved, field.name)
+        if field.name not in _MAY_CHANGE and ours != theirs:
+            raise ValueError(
+                f"{folder} is a checkpoint of another config: `{field.name}` is {theirs} there and {ours} in this "
+                "model: load the model with the checkpoint's config, or resume from another checkpoint"
+            )
+
+
+def load_sharded_weights(model: PreTrainedModel, folder: str | Path):
+    """
+    Read the weights of the model folder `folder` into a model whose weights are spread over ranks. Each rank reads its
+    own shard only; all ranks must call this.
+
+    Raises:
+        ValueError: if the folder lacks a weight.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    saved = reader.read_metadata().state_dict_metadata
+    state = get_model_state_dict(model)
+    missing = state.keys() - saved.keys() - (model.all_tied_weights_keys or {}).keys()
+    if missing:
+        raise ValueError(f"{folder} has no weight {min(missing)}: it is no checkpoint of this model")
+    state = {name: tensor for name, tensor in state.items() if name in saved}
+    contiguous = _redistribute_state_dict(state)
+    dcp.load(contiguous, storage_reader=reader)
+    state = _redistribute_state_dict(contiguous, reference_state_dict=state)
+    set_model_state_dict(model, state, options=StateDictOptions(strict=False))  # tied weights are there once
+
+
+def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: str | Path):
+    """Read the state that a sharded run wrote to `folder`, whatever the layout of that run and of this one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+        load_optimizer_distributed(model, optimizer, str(folder))
+
+
+def load_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, file: str | Path):
+    """
+    Read a scheduler's state. Its entries for each group of parameters are fitted to the number of groups of this
+    layout: weights on different meshes are in different groups.
+
+    Raises:
+        ValueError: if the number differs and the groups do too.
+    """
+    state = torch.load(file, weights_only=True)
+    saved, wanted = len(state["base_lrs"]), len(scheduler.base_lrs)
+    if saved != wanted:
+        for name, entries in state.items():
+            if isinstance(entries, list) and len(entries) == saved:
+                if any(entry != entries[0] for entry in entries):
+                    raise ValueError(
+                        f"{file}: `{name}` differs between groups of parameters, and this layout has other groups: "
+                        "resume on the layout of the checkpoint"
+                    )
+                state[name] = entries[:1] * wanted
+    scheduler.load_state_dict(state)
+
+
+def barrier():
+    """Wait for the other ranks, if there are any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,128 @@
+"""
+Pretraining, on one process or many: `python -m mohge.training.pretrain --help`, and on several devices
+`accelerate launch --config_file accelerate.yaml -m mohge.training.pretrain ...` (`mohge place` writes such a launch).
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, default_data_collator, set_seed
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.cli import load_config
+from mohge.parallel_mohge import check_layout
+
+from .checkpointing import barrier
+from .corpus import standard_library_texts, token_blocks, train_tokenizer
+from .trainer import MoHGETrainer
+
+
+@dataclass
+class PretrainArguments:
+    """What to train, on which text, and spread how."""
+
+    model: str = field(
+        metadata={"help": "Config.json, model folder or Hub id. A config without weights starts from random weights."}
+    )
+    text: list[str] | None = field(
+        default=None, metadata={"help": "Text files. By default the Python standard library's own text."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the tokenizer. By default one is trained on the text."}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
+    ep_size: int = field(
+        default=1, metadata={"help": "Ranks that hold different experts; divides fsdp_size * tp_size."}
+    )
+    fsdp_size: int = field(default=1, metadata={"help": "Ranks that hold different shards of the dense weights."})
+    tp_size: int = field(default=1, metadata={"help": "Ranks that share a batch and split each dense weight."})
+    dp_replicate_size: int = field(default=1, metadata={"help": "Copies of the whole model."})
+
+    def layout(self) -> DistributedConfig | None:
+        """How the model is spread over ranks; None if it is not.
+
+        Raises:
+            ValueError: if the sizes contradict each other, the config or the number of processes.
+        """
+        layout = DistributedConfig(
+            tp_size=self.tp_size,
+            ep_size=self.ep_size,
+            fsdp_size=self.fsdp_size,
+            dp_replicate_size=self.dp_replicate_size,
+        )
+        wanted, started = layout.dp_size * layout.tp_size, int(os.environ.get("WORLD_SIZE", "1"))
+        if wanted == 1:
+            return None  # on several processes Trainer copies the model to each
+        if wanted != started:
+            raise ValueError(
+                f"`fsdp_size` * `tp_size` * `dp_replicate_size` is {wanted}, and {started} processes were started: "
+                f"launch with --num_processes {wanted}"
+            )
+        check_layout(load_config(self.model), layout)
+        return layout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run with `arguments` (by default those of the process) and return the exit status: 0, or 2 for bad input."""
+    own, training = HfArgumentParser([PretrainArguments, TrainingArguments]).parse_args_into_dataclasses(arguments)
+    try:
+        run_pretraining(own, training)
+    except (ValueError, OSError) as error:
+        if training.process_index == 0:
+            print(f"mohge.training.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHGETrainer:
+    """
+    Train a model, save it with its tokenizer in `training.output_dir`, and return the trainer.
+
+    Raises:
+        ValueError: if arguments contradict each other or the model.
+        OSError: if a file cannot be read.
+    """
+    layout = own.layout()
+    config = load_config(own.model)
+    texts = standard_library_texts()[0] if own.text is None else [Path(path).read_text("utf-8") for path in own.text]
+    if own.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(own.tokenizer)
+    else:
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    data = token_blocks(texts, tokenizer, own.sequence_length)
+    if not len(data):
+        raise ValueError(f"the text is shorter than `sequence_length` ({own.sequence_length} tokens): give more text")
+
+    folder = _with_weights(own.model, config, training)
+    model = MoHGEForCausalLM.from_pretrained(folder, distributed_config=layout)
+    trainer = MoHGETrainer(model, training, train_dataset=data, data_collator=default_data_collator)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
+    if training.should_save:
+        tokenizer.save_pretrained(training.output_dir)
+    barrier()
+    return trainer
+
+
+def _with_weights(model: str, config: MoHGEConfig, training: TrainingArguments) -> str:
+    """The model folder to load; if there are no weights yet, one with random ones, the same for every rank."""
+    path = Path(model)
+    if not path.is_file() and not (path.is_dir() and not list(path.glob("*.safetensors"))):
+        return model
+    folder = Path(training.output_dir) / "initial"
+    if training.should_save:
+        set_seed(training.seed)
+        MoHGEForCausalLM(config).save_pretrained(folder)
+    barrier()
+    return str(folder)
+
+
+if __name__ == "__main__":
+    status = main()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
