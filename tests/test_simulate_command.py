@@ -100,7 +100,7 @@ def test_text_is_one_table_that_says_what_it_means(folder, capsys):
     assert lines[0] == HARDWARE["h100"].name
     assert lines[1].endswith("routing balanced")
     assert [line.split()[:3] for line in lines[4:12]] == [[d, d, name] for d in ("2", "4") for name in ALLOCATIONS]
-    assert lines[13].startswith("expert time  slowest device over mean device")
+    assert lines[13].startswith("expert time  slowest over mean device")
 
 
 def test_plot(folder, capsys):

@@ -59,7 +59,8 @@ class MoHGETrainer(Trainer):
         finally:
             args.save_only_model = save_only_model
         self.add_callback(RouterScheduleCallback())
-        self.add_callback(PeerWatchdog())
+        if not self._watchdogs():
+            self.add_callback(PeerWatchdog())
         if self.label_smoother is not None:
             self.label_smoother = self._with_router_losses(self.label_smoother)
         if self.compute_loss_func is not None:
@@ -214,10 +215,18 @@ class MoHGETrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """See `Trainer.train`. Writes `traffic.json` at the end."""
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+        except BaseException:
+            for watchdog in self._watchdogs():
+                watchdog.leave()
+            raise
         if self._traffic is not None:
             self._save_traffic(self._traffic)
         return result
+
+    def _watchdogs(self) -> list[PeerWatchdog]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PeerWatchdog)]
 
     def _save_traffic(self, traffic: RouterTraffic):
         by_rank = [traffic.records]

@@ -9,6 +9,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 from transformers import TrainerCallback
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class PeerWatchdog(TrainerCallback):
@@ -40,12 +44,15 @@ class PeerWatchdog(TrainerCallback):
         self.stop()
 
     def start(self):
-        """Begin to watch. All ranks must call this; without a process group it does nothing."""
+        """Begin to watch. All ranks must call this; without other ranks it does nothing."""
         if (
             self._thread is not None
             or not (dist.is_available() and dist.is_initialized())
             or dist.get_world_size() == 1
         ):
+            return
+        if "MASTER_ADDR" not in os.environ:  # a process group that was not made through it
+            logger.warning("No watchdog over the ranks: MASTER_ADDR, which torchrun and accelerate set, is missing.")
             return
         self._stopped.clear()
         self._thread = threading.Thread(target=self._watch, args=(self._connect(),), daemon=True)
@@ -53,25 +60,24 @@ class PeerWatchdog(TrainerCallback):
 
     def stop(self):
         """Stop to watch, once all ranks have come here."""
-        if self._thread is None:
-            return
-        dist.barrier()
-        self._stopped.set()
-        self._thread.join()
-        self._thread = None
+        if self._thread is not None:
+            dist.barrier()
+            self.leave()
+
+    def leave(self):
+        """Stop to watch and to give signs of life: to the others this rank is lost, unless they stop as well."""
+        if self._thread is not None:
+            self._stopped.set()
+            self._thread.join()
+            self._thread = None
 
     def _connect(self) -> dist.Store:
         # A connection of its own: one that the main thread waits on would hold up the heartbeat.
-        try:
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        except KeyError as error:
-            raise ValueError(
-                f"PeerWatchdog needs {error} in the environment, as torchrun and accelerate set it"
-            ) from None
-        store = dist.TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=self.timeout)
-        )
-        return dist.PrefixStore("mohge/watchdog", store)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        patience = timedelta(seconds=self.timeout)
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts ranks
+        return dist.PrefixStore(f"mohge/watchdog/{attempt}", store)
 
     def _watch(self, store: dist.Store):
         rank = dist.get_rank()

@@ -15,9 +15,9 @@ from .simulator import allocate, draw_routing, expert_parallel_size, simulate
 
 
 _LEGEND = """\
-expert time  slowest device over mean device, computing the experts of a layer: what papers call balance;
-             mean over steps and layers, and 95th percentile
-device time  the same of all work in a step: experts, exchanges, and the dense part, equal on all devices
+expert time  slowest over mean device of those that exchange tokens, computing the experts of a layer: what papers
+             call balance; mean over steps and layers, and 95th percentile
+device time  the same of all devices and of all work in a step: experts, exchanges, and the dense part
 step         until all devices are done; gradient reduction and optimizer, the same for all, are left out
 waiting      part of the step in which the mean device waits for slower ones"""
 

@@ -25,7 +25,8 @@ def draw_routing(
     """
     What the tokens of each device choose, step by step.
 
-    Each device draws one recorded forward pass per step, with replacement, and keeps it for all layers. Where that
+    Each device draws one recorded forward pass per step, with replacement, and keeps it for all layers. The passes of
+    a step are drawn from 32 that were recorded one after the other, because the router changes in training. Where a
     pass had another number of tokens, the choices are drawn anew (multinomial) from its shares; a pass of few tokens
     then counts as less balanced than its routing was.
 
@@ -52,7 +53,8 @@ def draw_routing(
         raise ValueError("the traffic has a forward pass without tokens: record it anew")
     generator = np.random.default_rng(seed)
     for _ in range(steps):
-        passes = generator.integers(len(recorded_tokens), size=devices)
+        near = min(32, len(recorded_tokens))
+        passes = generator.integers(len(recorded_tokens) - near + 1) + generator.integers(near, size=devices)
         drawn_anew = (recorded_tokens[passes] != tokens) | (traffic is None)
         choices = []
         for counts in recorded:
@@ -114,7 +116,8 @@ class Simulation:
     Times of one allocation, in seconds.
 
     Args:
-        expert (`torch.Tensor` of shape `[steps, L, D]`): What the experts of a device compute, forward and backward.
+        expert (`torch.Tensor` of shape `[steps, L, D / R, R]`):
+            What the experts of a device compute, forward and backward; devices of a group wait for one another.
         device (`torch.Tensor` of shape `[steps, D]`): Whole work of a device: dense part, experts, exchanges.
         step (`torch.Tensor` of shape `[steps]`): From the start of a step until all devices are done with it.
     """
@@ -126,9 +129,9 @@ class Simulation:
     def summary(self) -> dict[str, float]:
         """
         The figures, means over steps: `expert_time_max_over_mean`, the slowest device's time with its experts over
-        that of the mean device, layer by layer, which is what the literature calls balance, and its 95th percentile;
-        `device_time_max_over_mean`, the same of the whole work of a device in a step; `step_seconds`; and
-        `waiting_share`, the part of a step in which the mean device waits for others.
+        that of the mean device of its group, layer by layer, which is what the literature calls balance, and its 95th
+        percentile; `device_time_max_over_mean`, the same of the whole work of all devices in a step; `step_seconds`;
+        and `waiting_share`, the part of a step in which the mean device waits for others.
         """
         ratio = (self.expert.amax(-1) / self.expert.mean(-1)).flatten()
         return {
@@ -199,7 +202,7 @@ def _step(
         backward = hardware.expert_seconds(2 * flops, 2 * read)
         # What is sent on the way there is received on the way back, so all four exchanges take the same time.
         exchange = hardware.exchange_seconds(sent * row_bytes, same_node)
-        experts.append((forward + backward).flatten())
+        experts.append(forward + backward)
         busy = busy + forward + backward + 4 * exchange
         elapsed = elapsed + hardware.wait_for_all(forward) + hardware.wait_for_all(backward) + 4 * exchange.amax(-1)
     return torch.stack(experts), busy.flatten(), elapsed.amax()
