@@ -378,6 +378,16 @@ class MoHGEPreTrainedModel(PreTrainedModel):
                 distributed_config = replace(distributed_config, ep_implementation="mohge")
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, distributed_config, **kwargs):
+        """See `DistributedMixin.gather_sharded_state_dict_for_save`; tied weights, gathered twice, are saved once."""
+        state_dict = super().gather_sharded_state_dict_for_save(
+            model_to_save, state_dict, distributed_config, **kwargs
+        )
+        if distributed_config is not None:
+            for name in model_to_save.all_tied_weights_keys:
+                state_dict.pop(name, None)
+        return state_dict
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
         return super().get_correct_experts_implementation(requested_experts or "mohge")

@@ -100,7 +100,7 @@ class Scenario:
 
     def saved(self, folder: Path) -> Path:
         """Where the ranks save the model."""
-        return folder / "_".join(["saved", *(f"{name}_{size}" for name, size in self.layout.items())])
+        return folder / "_".join(["saved", self.model, *(f"{name}_{size}" for name, size in self.layout.items())])
 
     def batch(self) -> dict[str, torch.Tensor]:
         lengths = torch.tensor(ROW_LENGTHS[self.rows])
@@ -144,6 +144,7 @@ def _two_ranks() -> dict[str, Scenario]:
             f"{name}, autocast": Scenario(layout, "every_expert", autocast=True),
             f"{name}, generate": Scenario(layout, run="generate"),
             f"{name}, save": Scenario(layout, run="save"),
+            f"{name}, tied, save": Scenario(layout, "tied", run="save"),
             f"{name}, LoRA": Scenario(layout, run="adapted"),
             f"{name}, exchanges of 2 groups": Scenario(layout, "two_groups", "even", "exchanges"),
             f"{name}, exchanges of 6 groups": Scenario(layout, "six_groups", "even", "exchanges"),

@@ -38,7 +38,10 @@ def check_same_model(config: MoHGEConfig, folder: str | Path):
 
     Raises:
         ValueError: naming the first field that differs.
+        OSError: if there is no checkpoint.
     """
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: give the folder of a checkpoint to resume from")
     saved = MoHGEConfig.from_pretrained(folder)
     for field in dataclasses.fields(MoHGEConfig):
         ours, theirs = getattr(config, field.name), getattr(saved, field.name)

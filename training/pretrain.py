@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, default_data_collator, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -63,6 +64,8 @@ class PretrainArguments:
                 f"launch with --num_processes {wanted}"
             )
         check_layout(load_config(self.model), layout)
+        if layout.tp_size > 1 and not torch.accelerator.is_available():
+            raise ValueError("`tp_size` above 1 needs GPUs under Trainer: on CPU use `fsdp_size` with `ep_size`")
         return layout
 
 
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_pretraining(own, training)
     except (ValueError, OSError) as error:
-        if training.process_index == 0:
+        if os.environ.get("RANK", "0") == "0":  # the arguments would wait for the other ranks to say so
             print(f"mohge.training.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
 
 from mohge import MoHGEForCausalLM
 
@@ -26,6 +27,9 @@ from .checkpointing import (
 from .metrics import RouterStatistics
 from .traffic import RouterTraffic
 from .watchdog import PeerWatchdog
+
+
+logger = logging.get_logger(__name__)
 
 
 class RouterScheduleCallback(TrainerCallback):
@@ -206,6 +210,8 @@ class MoHGETrainer(Trainer):
                 "start anew from its weights, without `resume_from_checkpoint`"
             )
         else:
+            if not os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
+                logger.warning(f"{checkpoint} holds no state of an optimizer: optimizer and schedule start anew.")
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:

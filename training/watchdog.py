@@ -22,7 +22,7 @@ class PeerWatchdog(TrainerCallback):
     until the process group's own time-out, which is 2 hours where transformers made the group.
 
     Each rank counts up its key in the store through which the ranks found each other, and watches that of the next
-    rank; who finds a rank lost tells all. A thread does this, so a rank that computes for long is not lost.
+    rank; who finds a rank lost tells all. Threads do this, so a rank that computes for long is not lost.
 
     [`MoHGETrainer`] has it; pass it to a plain `Trainer` in `callbacks`, or call `start` and `stop`.
 
@@ -35,7 +35,11 @@ class PeerWatchdog(TrainerCallback):
             raise ValueError(f"`timeout` is {timeout}: give a number of seconds above 0")
         self.timeout = timeout
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._judge: threading.Thread | None = None
+        self._lost: int | None = None
+        self._heard = self._answered = (
+            0.0  # times of the next rank's last sign of life, and of the store's last answer
+        )
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start()
@@ -46,7 +50,7 @@ class PeerWatchdog(TrainerCallback):
     def start(self):
         """Begin to watch. All ranks must call this; without other ranks it does nothing."""
         if (
-            self._thread is not None
+            self._judge is not None
             or not (dist.is_available() and dist.is_initialized())
             or dist.get_world_size() == 1
         ):
@@ -55,21 +59,24 @@ class PeerWatchdog(TrainerCallback):
             logger.warning("No watchdog over the ranks: MASTER_ADDR, which torchrun and accelerate set, is missing.")
             return
         self._stopped.clear()
-        self._thread = threading.Thread(target=self._watch, args=(self._connect(),), daemon=True)
-        self._thread.start()
+        self._lost, self._heard = None, time.monotonic()
+        # Two threads: a store that does not answer holds up whoever asks it.
+        threading.Thread(target=self._beat, args=(self._connect(),), daemon=True).start()
+        self._judge = threading.Thread(target=self._watch, daemon=True)
+        self._judge.start()
 
     def stop(self):
         """Stop to watch, once all ranks have come here."""
-        if self._thread is not None:
+        if self._judge is not None:
             dist.barrier()
             self.leave()
 
     def leave(self):
         """Stop to watch and to give signs of life: to the others this rank is lost, unless they stop as well."""
-        if self._thread is not None:
+        if self._judge is not None:
             self._stopped.set()
-            self._thread.join()
-            self._thread = None
+            self._judge.join()
+            self._judge = None
 
     def _connect(self) -> dist.Store:
         # A connection of its own: one that the main thread waits on would hold up the heartbeat.
@@ -79,26 +86,32 @@ class PeerWatchdog(TrainerCallback):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts ranks
         return dist.PrefixStore(f"mohge/watchdog/{attempt}", store)
 
-    def _watch(self, store: dist.Store):
-        rank = dist.get_rank()
-        watched = (rank + 1) % dist.get_world_size()
-        last, heard = None, time.monotonic()
+    def _beat(self, store: dist.Store):
+        """Count up this rank's key, and note when that of the next rank has changed."""
+        rank, ranks, last = dist.get_rank(), dist.get_world_size(), None
         while not self._stopped.wait(self.timeout / 10):
-            try:
+            with contextlib.suppress(RuntimeError):  # the store is gone: `_heard` says for how long
                 store.add(f"beat/{rank}", 1)
-                beats = store.add(f"beat/{watched}", 0)
-                told = int(store.get("lost")) if store.check(["lost"]) else None
-            except RuntimeError:  # the store is gone, and with it whoever kept it
-                beats = told = None
+                if self._lost is not None:
+                    store.set("lost", str(self._lost))
+                elif store.check(["lost"]):
+                    self._lost = int(store.get("lost"))
+                beats = store.add(f"beat/{(rank + 1) % ranks}", 0)
+                self._answered = time.monotonic()
+                if beats != last:
+                    last, self._heard = beats, self._answered
+
+    def _watch(self):
+        beat = self.timeout / 10
+        while not self._stopped.wait(beat):
             now = time.monotonic()
-            if beats is not None and beats != last:
-                last, heard = beats, now
-            if told is None and now - heard < self.timeout:
-                continue
-            if told is None:
-                told = watched if beats is not None else 0
-                with contextlib.suppress(RuntimeError):
-                    store.set("lost", str(told))
-            message = f"rank {told} has not been heard of for {self.timeout:g} s: rank {rank} ends"
-            print(f"mohge: {message}. Resume from the last checkpoint.", file=sys.stderr, flush=True)
-            os._exit(1)  # the main thread may wait in a collective, where no exception reaches it
+            if self._lost is None and now - self._heard >= self.timeout:
+                answers = now - self._answered < 2 * beat  # if not, then who keeps the store is gone
+                self._lost = (dist.get_rank() + 1) % dist.get_world_size() if answers else 0
+            if self._lost is not None:
+                time.sleep(3 * beat)  # this process may keep the store, where the others have to read who is lost
+                message = (
+                    f"rank {self._lost} has not been heard of for {self.timeout:g} s: rank {dist.get_rank()} ends"
+                )
+                print(f"mohge: {message}. Resume from the last checkpoint.", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread may wait in a collective, where no exception reaches it
