@@ -36,6 +36,11 @@ _DERIVED_FIELDS = {
 _PER_LAYER_FIELDS = {"moe_intermediate_sizes", "num_experts_per_group", "num_experts_per_tok", "num_groups_per_tok"}
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, ascending."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 @strict
 class MoHGEConfig(PreTrainedConfig):
     r"""
@@ -611,4 +616,4 @@ class MoHGEConfig(PreTrainedConfig):
         return self.sparse_layers if self.is_heterogeneous else [self]
 
 
-__all__ = ["ROUTER_COEFFICIENTS", "MoHGEConfig"]
+__all__ = ["ROUTER_COEFFICIENTS", "MoHGEConfig", "divisors"]

@@ -292,8 +292,10 @@ class MoHGESparseMoeBlock(nn.Module):
             return output + self._shared_output(hidden_states)
         # Tokens that travel to other ranks leave time to compute the shared expert.
         shared_output = experts.meanwhile = cache(partial(self._shared_output, hidden_states))
-        output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
-        experts.meanwhile = None
+        try:
+            output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
+        finally:  # gradient checkpointing ends its second run with an exception
+            experts.meanwhile = None
         return output + shared_output()
 
     def _shared_output(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -369,11 +371,11 @@ class MoHGEPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        """See `DistributedMixin.maybe_distribute_model`. Checks first that the model can be spread that way and that
-        all ranks load the same; `ep_implementation="auto"` means `"mohge"`."""
+        """See `DistributedMixin.maybe_distribute_model`. Checks first that all ranks load the same model and that
+        it can be spread that way; `ep_implementation="auto"` means `"mohge"`."""
         if mesh_manager is not None:
-            check_layout(model.config, distributed_config)
             check_ranks_agree(model.config)
+            check_layout(model.config, distributed_config)
             if distributed_config.ep_implementation == "auto":
                 distributed_config = replace(distributed_config, ep_implementation="mohge")
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)

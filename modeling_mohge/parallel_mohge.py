@@ -14,13 +14,14 @@ import json
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import __version__ as transformers_version
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.expert_parallel import AllToAllEP, AutoEP, EPImplementationInterface, MoEParamShard
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
-from .configuration_mohge import MoHGEConfig
+from .configuration_mohge import MoHGEConfig, divisors
 from .experts_mohge import compute_dtype
 
 
@@ -67,6 +68,7 @@ class _Start(torch.autograd.Function):
         return exchange.start(rows, exchange.send_sizes, exchange.recv_sizes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         return ctx.exchange.wait(), None
 
@@ -79,6 +81,7 @@ class _Finish(torch.autograd.Function):
         return pending.view_as(pending)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         exchange = ctx.exchange
         exchange.start(grad, exchange.recv_sizes, exchange.send_sizes)
@@ -196,10 +199,13 @@ def check_layout(config: MoHGEConfig, layout: DistributedConfig):
                 f"`ep_size` {layout.ep_size} does not divide the {sets} sets of experts (the greatest common divisor "
                 f"of `num_experts_per_group` {layer.expert_counts}): use {_one_of(divisors(sets))}"
             )
-        if layout.ep_size > 1 and _empty_shards(fewest // layout.ep_size, layout.efsdp_size):
+        share = fewest // layout.ep_size
+        if layout.ep_size > 1 and _empty_shards(share, layout.efsdp_size):
+            copies = max(number for number in range(1, layout.efsdp_size) if not _empty_shards(share, number))
             raise ValueError(
                 f"`fsdp_size` {layout.fsdp_size} times `tp_size` {layout.tp_size} leaves ranks without a share of the "
-                f"{fewest} experts of a group: use at most {fewest} ranks, and `dp_replicate_size` for more"
+                f"{fewest} experts of a group: use at most {copies * layout.ep_size} ranks, and `dp_replicate_size` "
+                "for more"
             )
         if layout.ep_size == 1 and _empty_shards(narrowest, layout.tp_size):
             raise ValueError(
@@ -211,11 +217,6 @@ def check_layout(config: MoHGEConfig, layout: DistributedConfig):
 def _empty_shards(size: int, ranks: int) -> bool:
     """Whether torch, which cuts `size` rows into chunks of equal size, has none left for the last rank."""
     return -(-size // ranks) * (ranks - 1) >= size and ranks > 1
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a number, ascending."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _one_of(numbers: list[int]) -> str:
@@ -259,5 +260,4 @@ __all__ = [
     "HeterogeneousExpertsShard",
     "check_layout",
     "check_ranks_agree",
-    "divisors",
 ]

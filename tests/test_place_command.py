@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -23,7 +24,7 @@ RELEASE = str(Path(__file__).parents[1] / "model_cards" / "mohge-3b")
 @pytest.fixture
 def model(tmp_path) -> MoHGEConfig:
     """A small config, saved in `tmp_path / "a model"`."""
-    config = make_config(num_experts_per_group=[4, 8, 12], mlp_only_layers=[0])
+    config = make_config(num_experts_per_group=[4, 8, 12], mlp_only_layers=[0], vocab_size=300)
     config.save_pretrained(tmp_path / "a model")
     return config
 
@@ -107,10 +108,9 @@ def launch(script: Path, folder: Path, *arguments) -> list[str]:
     """Run the script where `accelerate` prints what it is given, and return that."""
     folder.mkdir()
     accelerate = folder / "accelerate"
-    accelerate.write_text('#!/bin/sh\nprintf "%s\\n" "cpu=$ACCELERATE_USE_CPU" "$@"\n')
+    accelerate.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     accelerate.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    environment["PATH"] = f"{folder}:{environment['PATH']}"
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "LAUNCH": "--machine_rank 0"}
     done = subprocess.run([script, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -119,7 +119,9 @@ def launch(script: Path, folder: Path, *arguments) -> list[str]:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_launch_folder_works_from_anywhere(device, capsys, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    printed = place(capsys, "a model", "--devices", 2, "--replicas", 3, "--output", "runs/out put", "--device", device)
+    options = ("--tokens", 128, "--sequence-length", 32, "--dtype", "bfloat16", "--gradient-checkpointing")
+    options += ("--replicas", 3, "--output", "runs/out put", "--device", device)
+    printed = place(capsys, "a model", "--devices", 2, *options)
     assert printed.splitlines()[-1] == "written: runs/out put"
     target = tmp_path / "runs" / "out put"
     names = {"accelerate.yaml", "launch.sh", "placement.json", "placement.svg"}
@@ -128,13 +130,38 @@ def test_launch_folder_works_from_anywhere(device, capsys, model, tmp_path, monk
     settings = load_config_from_file(str(target / "accelerate.yaml"))
     assert (settings.num_processes, settings.distributed_type) == (6, "MULTI_GPU")
     assert json.loads((target / "placement.json").read_text())["allocations"]["all_size"]["experts"]
-    flag, *given = launch(target / "launch.sh", tmp_path / "elsewhere", "--max_steps", "5 6")
-    assert flag == ("cpu=1" if device == "cpu" else "cpu=")
-    assert given[:5] == ["launch", "--config_file", f"{target}/accelerate.yaml", "-m", "mohge.training.pretrain"]
-    options = dict(zip(given[5::2], given[6::2], strict=True))
+    given = launch(target / "launch.sh", tmp_path / "elsewhere", "--max_steps", "5 6")
+    assert given[:3] == ["launch", "--config_file", f"{target}/accelerate.yaml"]
+    assert given[3:7] == ["--machine_rank", "0", "-m", "mohge.training.pretrain"]
+    options = dict(zip(given[7::2], given[8::2], strict=True))
     assert Path(options.pop("--model")).resolve() == tmp_path / "a model"
-    expected = {"--ep_size": "2", "--fsdp_size": "2", "--dp_replicate_size": "3", "--max_steps": "5 6"}
-    assert options == expected
+    assert options.pop("--use_cpu", "False") == str(device == "cpu")
+    assert options == {
+        **{"--ep_size": "2", "--fsdp_size": "2", "--dp_replicate_size": "3", "--dtype": "bfloat16"},
+        **{"--sequence_length": "32", "--per_device_train_batch_size": "4", "--gradient_checkpointing": "True"},
+        "--max_steps": "5 6",
+    }
+
+
+def test_launch_script_trains(capsys, model, tmp_path):
+    """As a user would: what is launched is what was placed."""
+    folder, output = tmp_path / "a model", tmp_path / "run"
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(400)))
+    options = ("--tokens", 64, "--sequence-length", 32, "--device", "cpu")
+    place(capsys, folder, "--devices", 2, *options, "--output", tmp_path / "launch")
+    arguments = ["--text", text, "--output_dir", output, "--max_steps", 2, "--report_to", "none"]
+    done = subprocess.run(
+        [tmp_path / "launch" / "launch.sh", *map(str, arguments)],
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    traffic = RouterTraffic.load(output / "traffic.json")
+    assert traffic.tokens == [64] * 4  # two steps on two devices
+    assert (output / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

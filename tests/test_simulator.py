@@ -289,6 +289,21 @@ def test_balanced_traffic_on_the_shape_of_mohge_3b(devices):
     assert found["contiguous"].step.min() > found["all_size"].step.max()
 
 
+def test_traffic_between_groups_does_not_unbalance_all_size_allocation():
+    """What the allocation is for: experts equally busy inside groups, the small groups far busier than the large."""
+    config = load_config(str(Path(__file__).parents[1] / "model_cards" / "mohge-3b"))
+    busy = (
+        torch.tensor([12, 8, 6, 4, 4, 2, 2, 2]) * 2048 * 6 // (40 * 8) // 8 * 8
+    )  # choices of an expert of each group
+    traffic = recorded(config, [(2048, [busy[torch.tensor(config.expert_groups)].tolist()] * 15)] * 8)
+    routing = draw_routing(config, 8, steps=2, tokens=2048, traffic=traffic)
+    machine = replace(HARDWARE["h100"], memory_bytes_per_second=1e30, kernel_overhead_seconds=0)
+    found = simulate(config, machine, routing, allocate(config, 8))
+    imbalance = {name: simulation.summary()["expert_time_max_over_mean"] for name, simulation in found.items()}
+    assert imbalance["all_size"] == pytest.approx(1)
+    assert imbalance["contiguous"] > 1.3
+
+
 def test_1024_devices():
     config = small_config(num_experts_per_group=8)
     found = simulate(config, MACHINE, draw_routing(config, 1024, 2, 64), allocate(config, 8))

@@ -105,7 +105,7 @@ def check_that_others_end(ranks: Ranks, lost: int):
     assert ranks.wait(others, BOUND) == [1] * len(others)
     for rank in others:
         (line,) = re.findall("^mohge: .*", ranks.errors(rank), re.MULTILINE)
-        assert line.startswith(f"mohge: rank {lost} has not been heard of for 3 s: rank {rank} ends.")
+        assert line.startswith(f"mohge: rank {lost} gives no sign of life: rank {rank} ends.")
 
 
 @pytest.mark.parametrize("launcher", [True, False])
@@ -127,7 +127,7 @@ def start(function: Callable, processes: int, launcher: bool, folder: Path) -> R
 
 def test_slow_rank_is_not_lost(tmp_path):
     ranks = Ranks(2, tmp_path / "logs", compute_for_long_and_end_apart).succeed()
-    assert "has not been heard of" not in ranks.errors()
+    assert "sign of life" not in ranks.errors()
 
 
 def test_nothing_is_watched_without_other_ranks():

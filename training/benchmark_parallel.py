@@ -133,14 +133,13 @@ def _difference(models: dict[str, MoHGEForCausalLM], steps: dict[str, Callable],
 def _measure(steps: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
     """Seconds per step of the slowest rank."""
     times = {name: [] for name in steps}
-    for step in steps.values():
-        step()
+    device = [step().device for step in steps.values()][-1]  # and warm up
     for repeat in range(repeats):
         for name in CONTESTANTS if repeat % 2 else reversed(CONTESTANTS):
             dist.barrier()
             start = time.perf_counter()
             steps[name]()
-            elapsed = torch.tensor(time.perf_counter() - start)
+            elapsed = torch.tensor(time.perf_counter() - start, device=device)
             dist.all_reduce(elapsed, dist.ReduceOp.MAX)
             times[name].append(float(elapsed))
     return times

@@ -38,10 +38,7 @@ def check_same_model(config: MoHGEConfig, folder: str | Path):
 
     Raises:
         ValueError: naming the first field that differs.
-        OSError: if there is no checkpoint.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: give the folder of a checkpoint to resume from")
     saved = MoHGEConfig.from_pretrained(folder)
     for field in dataclasses.fields(MoHGEConfig):
         ours, theirs = getattr(config, field.name), getattr(saved, field.name)
@@ -59,7 +56,10 @@ def load_sharded_weights(model: PreTrainedModel, folder: str | Path):
 
     Raises:
         ValueError: if the folder lacks a weight.
+        OSError: if there are no weights.
     """
+    if not list(Path(folder).glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder} has no safetensors weights: give the folder of a checkpoint")
     reader = HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
     state = get_model_state_dict(model)
@@ -89,7 +89,7 @@ def load_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, file: str | 
         ValueError: if the number differs and the groups do too.
     """
     state = torch.load(file, weights_only=True)
-    saved, wanted = len(state["base_lrs"]), len(scheduler.base_lrs)
+    saved, wanted = (len(of.get("base_lrs", ())) for of in (state, vars(scheduler)))
     if saved != wanted:
         for name, entries in state.items():
             if isinstance(entries, list) and len(entries) == saved:

@@ -35,6 +35,9 @@ class PretrainArguments:
     tokenizer: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the tokenizer. By default one is trained on the text."}
     )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the config's, or float32."}
+    )
     sequence_length: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
     ep_size: int = field(
         default=1, metadata={"help": "Ranks that hold different experts; divides fsdp_size * tp_size."}
@@ -71,11 +74,14 @@ class PretrainArguments:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run with `arguments` (by default those of the process) and return the exit status: 0, or 2 for bad input."""
-    own, training = HfArgumentParser([PretrainArguments, TrainingArguments]).parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser([PretrainArguments, TrainingArguments])
+    if not torch.accelerator.is_available():  # or else accelerate takes each process of a CPU run for the only one
+        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     try:
+        own, training = parser.parse_args_into_dataclasses(arguments)
         run_pretraining(own, training)
     except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":  # the arguments would wait for the other ranks to say so
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line from each machine
             print(f"mohge.training.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -96,14 +102,21 @@ def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHG
         tokenizer = AutoTokenizer.from_pretrained(own.tokenizer)
     else:
         tokenizer = train_tokenizer(texts, config.vocab_size)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"`vocab_size` is {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens: raise it, or name "
+            "another `tokenizer`"
+        )
     data = token_blocks(texts, tokenizer, own.sequence_length)
     if not len(data):
         raise ValueError(f"the text is shorter than `sequence_length` ({own.sequence_length} tokens): give more text")
 
     folder = _with_weights(own.model, config, training)
-    model = MoHGEForCausalLM.from_pretrained(folder, distributed_config=layout)
+    dtype = own.dtype or config.dtype or "float32"
+    model = MoHGEForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=layout)
     trainer = MoHGETrainer(model, training, train_dataset=data, data_collator=default_data_collator)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)  # the last one
     trainer.save_model()
     if training.should_save:
         tokenizer.save_pretrained(training.output_dir)
@@ -114,7 +127,7 @@ def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHG
 def _with_weights(model: str, config: MoHGEConfig, training: TrainingArguments) -> str:
     """The model folder to load; if there are no weights yet, one with random ones, the same for every rank."""
     path = Path(model)
-    if not path.is_file() and not (path.is_dir() and not list(path.glob("*.safetensors"))):
+    if not path.is_file() and not (path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("*.bin")]):
         return model
     folder = Path(training.output_dir) / "initial"
     if training.should_save:

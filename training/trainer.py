@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM
 
@@ -50,7 +50,8 @@ class MoHGETrainer(Trainer):
     which `Trainer` refuses: the weights are gathered into the checkpoint, the optimizer's state is written as each
     rank holds it, and a run on any other layout, or on one process, goes on from both. A checkpoint gets its name when
     it is complete, so one that is cut off leaves those before it as they were. Distributed runs have a
-    [`PeerWatchdog`], and every run leaves its newest routing in `traffic.json` for `mohge place` and `mohge simulate`.
+    [`PeerWatchdog`]. Runs with a router loss leave their newest routing in `traffic.json`, for `mohge place` and
+    `mohge simulate`. All ranks must see one file system.
     """
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
@@ -62,6 +63,11 @@ class MoHGETrainer(Trainer):
             super().__init__(model, args, *more, **kwargs)
         finally:
             args.save_only_model = save_only_model
+        if self.is_distributed_loading_by_transformers and self.args.world_size != dist.get_world_size():
+            raise ValueError(
+                f"`args` say that there are {self.args.world_size} processes, and the model is spread over "
+                f"{dist.get_world_size()}: on CPU pass use_cpu=True to TrainingArguments"
+            )
         self.add_callback(RouterScheduleCallback())
         if not self._watchdogs():
             self.add_callback(PeerWatchdog())
@@ -138,11 +144,14 @@ class MoHGETrainer(Trainer):
     def _figures(self, steps: int) -> dict[str, float]:
         # A rank's losses are its part of the sum over all ranks, unless each rank averages over its own targets.
         over_ranks = "sum" if self.args.average_tokens_across_devices else "mean"
-        figures = {
-            name: float(total) / steps for name, total in self.accelerator.reduce(self._sums, over_ranks).items()
-        }
+        sums = self.accelerator.reduce(self._sums, over_ranks)
+        copies = self.get_tp_size()  # ranks of a tensor-parallel group see the same batches
+        if over_ranks == "sum":
+            steps *= copies
+        figures = {name: float(total) / steps for name, total in sums.items()}
         if self._statistics is not None and self._statistics.tokens > 0:
-            self._statistics.set_tensors(self.accelerator.reduce(self._statistics.tensors(), "sum"))
+            totals = self.accelerator.reduce(self._statistics.tensors(), "sum")
+            self._statistics.set_tensors([total / copies for total in totals])
             figures |= {f"router/{name}": value for name, value in self._statistics.summary().items()}
         return figures
 
@@ -165,16 +174,26 @@ class MoHGETrainer(Trainer):
         finally:
             self._staging = None
         barrier()  # every rank has written its part
-        if self.state.best_model_checkpoint == written:
-            self.state.best_model_checkpoint = final
+        if self.state.best_global_step:
+            best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+            if best == final or os.path.exists(best):
+                self.state.best_model_checkpoint = best
         if self.args.should_save:
             self.state.save_to_json(os.path.join(written, TRAINER_STATE_NAME))
+            replaced = os.path.join(run_dir, f".replaced-{name}")
             if os.path.exists(final):
-                os.rename(final, os.path.join(staging, "replaced"))
+                os.rename(final, replaced)
             os.rename(written, final)
             shutil.rmtree(staging)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(final)
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         barrier()
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._staging is None:  # not before the checkpoint is complete
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_distributed_loading_by_transformers:
@@ -185,15 +204,16 @@ class MoHGETrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.model if model is None else model
-        if isinstance(model, MoHGEForCausalLM):
+        whole = isinstance(model, MoHGEForCausalLM)  # not an adapter on it
+        if whole and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
             check_same_model(model.config, resume_from_checkpoint)
-        if self.is_distributed_loading_by_transformers:
+        if whole and self.is_distributed_loading_by_transformers:
             load_sharded_weights(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if self.is_distributed_loading_by_transformers:
+        if isinstance(self.model, MoHGEForCausalLM) and self.is_distributed_loading_by_transformers:
             load_sharded_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -210,7 +230,7 @@ class MoHGETrainer(Trainer):
                 "start anew from its weights, without `resume_from_checkpoint`"
             )
         else:
-            if not os.path.exists(os.path.join(checkpoint, OPTIMIZER_NAME)):
+            if self.is_distributed_loading_by_transformers:
                 logger.warning(f"{checkpoint} holds no state of an optimizer: optimizer and schedule start anew.")
             super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -239,7 +259,7 @@ class MoHGETrainer(Trainer):
         if dist.is_available() and dist.is_initialized():
             by_rank = [None] * dist.get_world_size()
             dist.all_gather_object(by_rank, traffic.records)
-            by_rank = by_rank[:: self.get_tp_size()]  # ranks of a tensor-parallel group see the same batches
+            by_rank = by_rank[:: self.get_tp_size()]
         if self.args.should_save and any(by_rank):
             everything = RouterTraffic(_base_model(self.model).config)
             everything.extend(

@@ -27,8 +27,11 @@ class PeerWatchdog(TrainerCallback):
     [`MoHGETrainer`] has it; pass it to a plain `Trainer` in `callbacks`, or call `start` and `stop`.
 
     Args:
-        timeout (`float`, *optional*, defaults to 120): Seconds without a sign of life after which a rank is lost.
+        timeout (`float`, *optional*, defaults to 120):
+            Seconds after which this process has ended at the latest, counted from the last sign of life of a rank.
     """
+
+    _starts = 0  # of all watchdogs in this process
 
     def __init__(self, timeout: float = 120.0):
         if not timeout > 0:
@@ -37,9 +40,8 @@ class PeerWatchdog(TrainerCallback):
         self._stopped = threading.Event()
         self._judge: threading.Thread | None = None
         self._lost: int | None = None
-        self._heard = self._answered = (
-            0.0  # times of the next rank's last sign of life, and of the store's last answer
-        )
+        self._heard: float | None = None  # when the next rank last gave a sign of life
+        self._answered = 0.0  # when the store did
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start()
@@ -59,9 +61,11 @@ class PeerWatchdog(TrainerCallback):
             logger.warning("No watchdog over the ranks: MASTER_ADDR, which torchrun and accelerate set, is missing.")
             return
         self._stopped.clear()
-        self._lost, self._heard = None, time.monotonic()
+        self._lost, self._heard, self._answered = None, None, time.monotonic()
         # Two threads: a store that does not answer holds up whoever asks it.
-        threading.Thread(target=self._beat, args=(self._connect(),), daemon=True).start()
+        store = self._connect()
+        store.add(f"beat/{dist.get_rank()}", 1)
+        threading.Thread(target=self._beat, args=(store,), daemon=True).start()
         self._judge = threading.Thread(target=self._watch, daemon=True)
         self._judge.start()
 
@@ -83,35 +87,43 @@ class PeerWatchdog(TrainerCallback):
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         patience = timedelta(seconds=self.timeout)
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store when it restarts ranks
-        return dist.PrefixStore(f"mohge/watchdog/{attempt}", store)
+        # torchrun keeps the store when it restarts the ranks, and a process may train more than once.
+        PeerWatchdog._starts += 1
+        run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{PeerWatchdog._starts}"
+        return dist.PrefixStore(f"mohge/watchdog/{run}", store)
 
     def _beat(self, store: dist.Store):
         """Count up this rank's key, and note when that of the next rank has changed."""
-        rank, ranks, last = dist.get_rank(), dist.get_world_size(), None
-        while not self._stopped.wait(self.timeout / 10):
-            with contextlib.suppress(RuntimeError):  # the store is gone: `_heard` says for how long
-                store.add(f"beat/{rank}", 1)
+        own, watched = f"beat/{dist.get_rank()}", f"beat/{self._next_rank()}"
+        last = 0
+        while not self._stopped.wait(self.timeout / 12):
+            with contextlib.suppress(RuntimeError):  # the store is gone: `_answered` says for how long
+                store.add(own, 1)
                 if self._lost is not None:
                     store.set("lost", str(self._lost))
                 elif store.check(["lost"]):
                     self._lost = int(store.get("lost"))
-                beats = store.add(f"beat/{(rank + 1) % ranks}", 0)
+                beats = store.add(watched, 0)
                 self._answered = time.monotonic()
-                if beats != last:
+                if beats != last:  # a rank that has not begun yet is not lost
                     last, self._heard = beats, self._answered
 
     def _watch(self):
-        beat = self.timeout / 10
+        beat = self.timeout / 12
         while not self._stopped.wait(beat):
             now = time.monotonic()
-            if self._lost is None and now - self._heard >= self.timeout:
-                answers = now - self._answered < 2 * beat  # if not, then who keeps the store is gone
-                self._lost = (dist.get_rank() + 1) % dist.get_world_size() if answers else 0
+            if self._lost is None and now - self._answered >= 7 * beat:
+                self._lost = 0  # or whoever keeps the store
+            elif self._lost is None and self._heard is not None and now - self._heard >= 7 * beat:
+                answers = now - self._answered < 2 * beat
+                self._lost = self._next_rank() if answers else 0
             if self._lost is not None:
-                time.sleep(3 * beat)  # this process may keep the store, where the others have to read who is lost
-                message = (
-                    f"rank {self._lost} has not been heard of for {self.timeout:g} s: rank {dist.get_rank()} ends"
-                )
+                # This process may keep the store, where the others have to read who is lost.
+                if self._stopped.wait(3 * beat):
+                    return
+                message = f"rank {self._lost} gives no sign of life: rank {dist.get_rank()} ends"
                 print(f"mohge: {message}. Resume from the last checkpoint.", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread may wait in a collective, where no exception reaches it
+
+    def _next_rank(self) -> int:
+        return (dist.get_rank() + 1) % dist.get_world_size()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mohge import MoHGEConfig
-from mohge.parallel_mohge import divisors
+from mohge.configuration_mohge import divisors
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plot_placement(costs, Path(options.plot))
     if options.output is not None:
-        _write_folder(Path(options.output), options, report, costs)
+        _write_folder(Path(options.output), options, workload, report, costs)
     if options.format == "json":
         print(json.dumps(report, indent=2))
     else:
@@ -103,12 +103,15 @@ def _check_options(options: argparse.Namespace):
         raise FileExistsError(f"--output {options.output} exists: name another folder, or remove it first")
 
 
-def _write_folder(target: Path, options: argparse.Namespace, report: dict, costs: dict[str, AllocationCosts]):
+def _write_folder(
+    target: Path, options: argparse.Namespace, workload: Workload, report: dict, costs: dict[str, AllocationCosts]
+):
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".mohge-place-", dir=target.parent) as temporary:
         folder = Path(temporary) / "place"
         folder.mkdir()
-        write_launch_files(folder, target, options.source, options.devices, options.replicas, options.device)
+        length = report["sequence_length"]
+        write_launch_files(folder, target, options.source, workload, length, options.replicas, options.device)
         (folder / "placement.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         plot_placement(costs, folder / "placement.svg")
         folder.rename(target)  # only now, so that a failure leaves nothing
