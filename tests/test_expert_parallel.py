@@ -1,8 +1,13 @@
 """Two ranks compute what one process does, each with its share of the weights, and exchange no more than they must."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from parallel_cases import SCENARIOS
+import torch.distributed as dist
+from model_cases import make_config
+from parallel_cases import SCENARIOS, save_model
 from parallel_checks import (
     Launch,
     check_checkpoint,
@@ -13,8 +18,12 @@ from parallel_checks import (
     check_statistics,
     names,
 )
+from parallel_training_runs import Ranks
+from transformers.distributed.configuration_utils import DistributedConfig
 
+from mohge import MoHGEForCausalLM
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
+from mohge.parallel_mohge import check_layout
 
 
 LAYOUTS = ["ep = fsdp", "ep = tp"]
@@ -133,3 +142,34 @@ def test_generated_tokens_are_those_of_one_process(name, launch):
 @pytest.mark.parametrize("name", names(2, "save"))
 def test_saved_checkpoint_is_the_source_bit_by_bit(name, launch):
     check_checkpoint(launch, name)
+
+
+@pytest.mark.parametrize("name", names(2))
+def test_nothing_waits_for_tokens_after_the_backward(name, launch):
+    assert [rank["waiting"] for rank in launch.ranks(name)] == [[], []]
+
+
+def differentiate_twice(model: Path):
+    dist.init_process_group("gloo")
+    layout = DistributedConfig(tp_size=2, ep_size=2)
+    sharded = MoHGEForCausalLM.from_pretrained(model, distributed_config=layout).train().requires_grad_(False)
+    embeddings = torch.randn(2, 9, sharded.config.hidden_size, requires_grad=True)
+    logits = sharded(inputs_embeds=embeddings).logits
+    (gradient,) = torch.autograd.grad(logits.square().sum(), embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_second_derivatives_are_refused(tmp_path):
+    save_model("two_level", tmp_path)
+    Ranks(2, tmp_path / "logs", differentiate_twice, tmp_path / "two_level").succeed()
+
+
+@pytest.mark.parametrize(("experts", "ep_size", "fsdp_size"), [(10, 2, 8), (4, 4, 8), (14, 2, 12), (6, 2, 8)])
+def test_remedy_for_ranks_without_experts_fits(experts, ep_size, fsdp_size):
+    config = make_config(num_experts_per_group=experts)
+    with pytest.raises(ValueError, match="without a share of the") as refusal:
+        check_layout(config, DistributedConfig(fsdp_size=fsdp_size, ep_size=ep_size))
+    most = int(re.search(r"use at most (\d+) ranks", str(refusal.value)).group(1))
+    assert ep_size <= most < fsdp_size
+    check_layout(config, DistributedConfig(fsdp_size=most, ep_size=ep_size))

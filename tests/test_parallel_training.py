@@ -22,13 +22,13 @@ from parallel_training_runs import (
     number_of_ranks,
     pretrain,
     pretrain_and_die,
-    try_trainers,
+    pretrain_without_variable,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
-from mohge import MoHGEConfig
+from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.cli import main
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.training import RouterTraffic
@@ -71,6 +71,24 @@ def test_loss_curve_does_not_depend_on_accumulation(runs):
     assert_same_curve(curve(accumulated), curve(runs("grouped_top_k", "one process")), 1e-3)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the ranks would train on the accelerator")
+def test_ranks_on_cpu_find_each_other_by_themselves(runs):
+    output = runs.folder / "without_variable"
+    Ranks(2, output / "logs", pretrain_without_variable, *runs.arguments(output, *RUN)).succeed()
+    assert_same_curve(curve(output), curve(runs(*RUN)), 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["one process", "fsdp 2, ep 2"])
+def test_model_is_saved_in_the_dtype_asked_for(layout, runs):
+    run = runs("grouped_top_k", layout, dtype="bfloat16", max_steps=1, save_steps=1)
+    for folder in (run / "checkpoint-1", run):
+        weights = load_file(folder / "model.safetensors")
+        # Running means stay in float32.
+        dtypes = {weight.dtype for name, weight in weights.items() if not name.endswith("logit_ema_E")}
+        assert dtypes == {torch.bfloat16}
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_router_loss_is_in_the_curve(config, runs):
     for entry in curve(runs(config, "fsdp 2, ep 2")):
@@ -110,6 +128,16 @@ def test_resumed_run_goes_on_as_if_uninterrupted_on_any_layout(layout, runs):
     assert_same_curve(curve(resumed), curve(runs(*RUN)), 1e-6 if layout == RUN[1] else 1e-4)
 
 
+def test_true_resumes_from_the_last_checkpoint(runs):
+    run, output = runs(*RUN), runs.folder / "from_last"
+    last = shutil.copytree(run / "checkpoint-3", output / "checkpoint-3")
+    (last / "mark.txt").touch()  # a run from the start would replace it
+    values = runs.arguments(output, *RUN, resume_from_checkpoint=True)
+    Ranks(2, output / "logs", pretrain, *values).succeed()
+    assert (last / "mark.txt").exists()
+    assert_same_curve(curve(output), curve(run), 1e-6)
+
+
 def test_resumed_run_needs_the_optimizer_state(runs):
     constant = {"lr_scheduler_type": "constant"}  # the scheduler's state is not at stake here
     whole = runs(*RUN, **constant)
@@ -131,6 +159,7 @@ def test_checkpoint_of_an_earlier_run_is_replaced(runs):
     Ranks(2, output / "logs", pretrain, *values).succeed()
     assert digests(old).keys() == digests(run / "checkpoint-6").keys()
     torch.testing.assert_close(logits(old), logits(run / "checkpoint-6"))
+    assert list(output.glob(".*")) == []
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -155,32 +184,6 @@ def test_rank_that_dies_in_a_save_leaves_the_previous_checkpoint(victims, runs):
     assert not (output / ".incomplete").exists()
 
 
-@pytest.fixture(scope="module")
-def trainers(runs) -> Path:
-    output = runs.folder / "trainers"
-    Ranks(2, output / "logs", try_trainers, runs("two_level", "fsdp 2, ep 2") / "initial", output).succeed()
-    return output
-
-
-def test_trainer_refuses_and_own_trainer_saves_the_optimizer(trainers):
-    outcome = torch.load(trainers / "outcome.pt")
-    assert "save_only_model" in outcome["refusal"]
-    assert outcome["save_only_model"] == [True, False]
-    assert not (trainers / "save_only_model_True" / "checkpoint-3" / "optimizer").exists()
-    assert (trainers / "save_only_model_False" / "checkpoint-3" / "optimizer").is_dir()
-
-
-@pytest.mark.parametrize("save_only_model", [True, False])
-def test_best_model_is_loaded_at_the_end(save_only_model, trainers):
-    run = trainers / f"save_only_model_{save_only_model}"
-    folders = (trainers / f"best_{save_only_model}", run / "checkpoint-1", run / "checkpoint-3")
-    loaded, best, last = (load_file(folder / "model.safetensors") for folder in folders)
-    assert all(torch.equal(loaded[name], best[name]) for name in best)
-    assert not any(torch.equal(loaded[name], last[name]) for name in last)
-    state = json.loads((run / "checkpoint-3" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(run / "checkpoint-1")
-
-
 MISUSE = {
     "sets": ({"num_experts_per_group": [3, 6, 3]}, {}, r"`ep_size` 2 does not divide the 3 sets .*: use 1 or 3"),
     "heads": (
@@ -192,6 +195,8 @@ MISUSE = {
     "processes": ({}, {"fsdp_size": 4}, r"2 processes were started: launch with --num_processes 4"),
     "text": ({}, {"sequence_length": 100_000}, r"`sequence_length` \(100000 tokens\): give more text"),
     "model": ({}, {"model": "no/such/file.json"}, r"no/such/file.json does not exist: give a config.json"),
+    "vocabulary": ({"vocab_size": 100}, {}, r"`vocab_size` is 100, and the tokenizer has \d+ tokens: raise it"),
+    "best model": ({}, {"load_best_model_at_end": True}, r"load_best_model_at_end requires .* eval"),
     "checkpoint": ({}, {"resume_from_checkpoint": "no/checkpoint-3"}, r"no/checkpoint-3"),
 }
 
@@ -232,15 +237,19 @@ def check_refusal(expected: str, runs: Runs, config: str, layout: str, **more):
     assert "Traceback" not in ranks.errors()
 
 
-@pytest.mark.parametrize("differing", ["versions", "models"])
+@pytest.mark.parametrize("differing", ["versions", "models", "layouts that fit"])
 def test_ranks_that_differ_all_say_so(differing, runs):
     models = [runs(config, "fsdp 2, ep 2") / "initial" for config in CONFIGS]
     if differing == "versions":
         ranks = Ranks(2, runs.folder / differing, load_with_other_version, models[0])
         name, first, second = "transformers", transformers.__version__, "4.0.0"
     else:
-        ranks = Ranks(2, runs.folder / differing, load_different_models, models)
         name, first, second = "config.num_groups_per_tok", 2, 3
+        if differing == "layouts that fit":  # two ranks cannot share the 3 sets of the second model
+            models[1] = runs.save_config("three_sets", "two_level", num_experts_per_group=[3, 6, 3])
+            MoHGEForCausalLM(MoHGEConfig.from_pretrained(models[1])).save_pretrained(models[1])
+            name, first, second = "config.num_experts_per_group", [4, 8, 4], [3, 6, 3]
+        ranks = Ranks(2, runs.folder / differing, load_different_models, models)
     assert ranks.wait() == [1, 1]
     for rank in range(2):
         assert f"ValueError: ranks differ: {name} is {first} on rank 0 and {second} on rank 1" in ranks.errors(rank)

@@ -83,6 +83,16 @@ def compute_for_long_and_end_apart():
     time.sleep(1.5 * TIMEOUT * (dist.get_rank() == 0))
 
 
+def start_late():
+    """Rank 1 begins 2.5 time-outs after rank 0, and when they watch again, rank 0 1.5 time-outs after rank 1."""
+    dist.init_process_group("gloo")
+    watchdog = PeerWatchdog(TIMEOUT)
+    for late, timeouts in ((1, 2.5), (0, 1.5)):
+        time.sleep(timeouts * TIMEOUT * (dist.get_rank() == late))
+        watchdog.start()
+        watchdog.stop()
+
+
 @pytest.mark.parametrize(
     ("function", "processes", "lost", "launcher"),
     [
@@ -125,8 +135,9 @@ def start(function: Callable, processes: int, launcher: bool, folder: Path) -> R
     return ranks
 
 
-def test_slow_rank_is_not_lost(tmp_path):
-    ranks = Ranks(2, tmp_path / "logs", compute_for_long_and_end_apart).succeed()
+@pytest.mark.parametrize("function", [compute_for_long_and_end_apart, start_late])
+def test_slow_rank_is_not_lost(function, tmp_path):
+    ranks = Ranks(2, tmp_path / "logs", function).succeed()
     assert "sign of life" not in ranks.errors()
 
 
