@@ -204,7 +204,7 @@ def check_layout(config: MoHGEConfig, layout: DistributedConfig):
             copies = max(number for number in range(1, layout.efsdp_size) if not _empty_shards(share, number))
             raise ValueError(
                 f"`fsdp_size` {layout.fsdp_size} times `tp_size` {layout.tp_size} leaves ranks without a share of the "
-                f"{fewest} experts of a group: use at most {copies * layout.ep_size} ranks, and `dp_replicate_size` "
+                f"{fewest} experts of a group: use {copies * layout.ep_size} ranks, and `dp_replicate_size` "
                 "for more"
             )
         if layout.ep_size == 1 and _empty_shards(narrowest, layout.tp_size):

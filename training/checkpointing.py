@@ -75,9 +75,13 @@ def load_sharded_weights(model: PreTrainedModel, folder: str | Path):
 
 def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: str | Path):
     """Read the state that a sharded run wrote to `folder`, whatever the layout of that run and of this one."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if group["params"]]  # torch cannot load an empty one
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
         load_optimizer_distributed(model, optimizer, str(folder))
+    loaded = iter(optimizer.param_groups)
+    optimizer.param_groups = [next(loaded) if group["params"] else group for group in groups]
 
 
 def load_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, file: str | Path):
