@@ -33,7 +33,8 @@ class PretrainArguments:
         default=None, metadata={"help": "Text files. By default the Python standard library's own text."}
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer. By default one is trained on the text."}
+        default=None,
+        metadata={"help": "Folder or Hub id of the tokenizer. By default the model's; for a config, one of the text."},
     )
     dtype: str | None = field(
         default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the config's, or float32."}
@@ -98,10 +99,11 @@ def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHG
     layout = own.layout()
     config = load_config(own.model)
     texts = standard_library_texts()[0] if own.text is None else [Path(path).read_text("utf-8") for path in own.text]
-    if own.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(own.tokenizer)
-    else:
+    trained = _has_weights(own.model)
+    if own.tokenizer is None and not trained:
         tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or own.model)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"`vocab_size` is {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens: raise it, or name "
@@ -111,7 +113,7 @@ def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHG
     if not len(data):
         raise ValueError(f"the text is shorter than `sequence_length` ({own.sequence_length} tokens): give more text")
 
-    folder = _with_weights(own.model, config, training)
+    folder = own.model if trained else _random_weights(config, training)
     dtype = own.dtype or config.dtype or "float32"
     model = MoHGEForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=layout)
     trainer = MoHGETrainer(model, training, train_dataset=data, data_collator=default_data_collator)
@@ -124,11 +126,15 @@ def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHG
     return trainer
 
 
-def _with_weights(model: str, config: MoHGEConfig, training: TrainingArguments) -> str:
-    """The model folder to load; if there are no weights yet, one with random ones, the same for every rank."""
+def _has_weights(model: str) -> bool:
     path = Path(model)
-    if not path.is_file() and not (path.is_dir() and not [*path.glob("*.safetensors"), *path.glob("*.bin")]):
-        return model
+    if path.is_dir():
+        return any([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return not path.is_file()  # a Hub id
+
+
+def _random_weights(config: MoHGEConfig, training: TrainingArguments) -> str:
+    """A model folder with random weights, the same for every rank."""
     folder = Path(training.output_dir) / "initial"
     if training.should_save:
         set_seed(training.seed)
