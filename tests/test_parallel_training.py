@@ -268,3 +268,13 @@ def test_traffic_of_all_ranks_is_recorded(runs, capsys):
         assert torch.equal(counts[0] + counts[1], expected.layer_counts(layer)[0])
     assert main(["place", str(run), "--devices", "2", "--traffic", str(run / "traffic.json")]) == 0
     assert f"traffic: {STEPS * ROWS * LENGTH:,} recorded tokens" in capsys.readouterr().out
+
+
+def test_trained_model_keeps_its_tokenizer(runs):
+    """A tokenizer of the new text would make nonsense of what the model has learnt."""
+    source, output = runs("two_level", "one process"), runs.folder / "continued"
+    (runs.folder / "other.txt").write_text("Other words, of another text altogether. " * 400)
+    values = runs.arguments(output, "two_level", "one process", model=source, text=runs.folder / "other.txt")
+    Ranks(1, output / "logs", pretrain, *values).succeed()
+    assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (output / "initial").exists()
