@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -104,9 +103,3 @@ def load_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, file: str | 
                     )
                 state[name] = entries[:1] * wanted
     scheduler.load_state_dict(state)
-
-
-def barrier():
-    """Wait for the other ranks, if there are any."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()

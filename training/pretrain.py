@@ -17,7 +17,6 @@ from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.cli import load_config
 from mohge.parallel_mohge import check_layout
 
-from .checkpointing import barrier
 from .corpus import standard_library_texts, token_blocks, train_tokenizer
 from .trainer import MoHGETrainer
 
@@ -47,8 +46,8 @@ class PretrainArguments:
     tp_size: int = field(default=1, metadata={"help": "Ranks that share a batch and split each dense weight."})
     dp_replicate_size: int = field(default=1, metadata={"help": "Copies of the whole model."})
 
-    def layout(self) -> DistributedConfig | None:
-        """How the model is spread over ranks; None if it is not.
+    def layout(self, config: MoHGEConfig) -> DistributedConfig | None:
+        """How the model of `config` is spread over ranks; None if it is not.
 
         Raises:
             ValueError: if the sizes contradict each other, the config or the number of processes.
@@ -67,7 +66,7 @@ class PretrainArguments:
                 f"`fsdp_size` * `tp_size` * `dp_replicate_size` is {wanted}, and {started} processes were started: "
                 f"launch with --num_processes {wanted}"
             )
-        check_layout(load_config(self.model), layout)
+        check_layout(config, layout)
         if layout.tp_size > 1 and not torch.accelerator.is_available():
             raise ValueError("`tp_size` above 1 needs GPUs under Trainer: on CPU use `fsdp_size` with `ep_size`")
         return layout
@@ -96,8 +95,8 @@ def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHG
         ValueError: if arguments contradict each other or the model.
         OSError: if a file cannot be read.
     """
-    layout = own.layout()
     config = load_config(own.model)
+    layout = own.layout(config)
     texts = standard_library_texts()[0] if own.text is None else [Path(path).read_text("utf-8") for path in own.text]
     trained = _has_weights(own.model)
     if own.tokenizer is None and not trained:
@@ -122,7 +121,7 @@ def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHG
     trainer.save_model()
     if training.should_save:
         tokenizer.save_pretrained(training.output_dir)
-    barrier()
+    trainer.accelerator.wait_for_everyone()
     return trainer
 
 
@@ -136,10 +135,10 @@ def _has_weights(model: str) -> bool:
 def _random_weights(config: MoHGEConfig, training: TrainingArguments) -> str:
     """A model folder with random weights, the same for every rank."""
     folder = Path(training.output_dir) / "initial"
-    if training.should_save:
-        set_seed(training.seed)
-        MoHGEForCausalLM(config).save_pretrained(folder)
-    barrier()
+    with training.main_process_first(local=False):
+        if training.should_save:
+            set_seed(training.seed)
+            MoHGEForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 

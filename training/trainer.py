@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
@@ -18,7 +18,6 @@ from mohge import MoHGEForCausalLM
 
 from .checkpointing import (
     OPTIMIZER_FOLDER,
-    barrier,
     check_same_model,
     load_optimizer,
     load_scheduler,
@@ -167,13 +166,13 @@ class MoHGETrainer(Trainer):
         written, final = os.path.join(staging, name), os.path.join(run_dir, name)
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
-        barrier()
+        self.accelerator.wait_for_everyone()
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        barrier()  # every rank has written its part
+        self.accelerator.wait_for_everyone()  # every rank has written its part
         if self.state.best_global_step:
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
             if best == final or os.path.exists(best):
@@ -189,7 +188,7 @@ class MoHGETrainer(Trainer):
             if self.args.push_to_hub:
                 self._push_from_checkpoint(final)
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        barrier()
+        self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self._staging is None:  # not before the checkpoint is complete
@@ -255,11 +254,7 @@ class MoHGETrainer(Trainer):
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PeerWatchdog)]
 
     def _save_traffic(self, traffic: RouterTraffic):
-        by_rank = [traffic.records]
-        if dist.is_available() and dist.is_initialized():
-            by_rank = [None] * dist.get_world_size()
-            dist.all_gather_object(by_rank, traffic.records)
-            by_rank = by_rank[:: self.get_tp_size()]
+        by_rank = gather_object([traffic.records])[:: self.get_tp_size()]
         if self.args.should_save and any(by_rank):
             everything = RouterTraffic(_base_model(self.model).config)
             everything.extend(
