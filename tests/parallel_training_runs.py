@@ -151,7 +151,7 @@ class Runs:
         """Of pretraining. The steps are the same in all layouts."""
         values = {
             "model": self.folder / config,
-            "text": self.folder / "text.txt",
+            "datasets": self.folder / "text.txt",
             "output_dir": output,
             "sequence_length": LENGTH,
             "per_device_train_batch_size": ROWS // number_of_ranks(layout),

@@ -150,7 +150,7 @@ def test_launch_script_trains(capsys, model, tmp_path):
     text.write_text("".join(f"{n} times {n} is {n * n}\n" for n in range(400)))
     options = ("--tokens", 64, "--sequence-length", 32, "--device", "cpu")
     place(capsys, folder, "--devices", 2, *options, "--output", tmp_path / "launch")
-    arguments = ["--text", text, "--output_dir", output, "--max_steps", 2, "--report_to", "none"]
+    arguments = ["--datasets", text, "--output_dir", output, "--max_steps", 2, "--report_to", "none"]
     done = subprocess.run(
         [tmp_path / "launch" / "launch.sh", *map(str, arguments)],
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},

@@ -160,10 +160,10 @@ def test_figures_of_layers_that_differ(counts, tmp_path):
     groups = 3 if counts == 4 else 2
     per_layer = sum(entry[f"router/tokens_group_{g}"] for g in range(groups))
     assert per_layer == pytest.approx(2 * sum(len(row["input_ids"]) for row in rows()))
-    routing = evaluate_routing(trainer.model, torch.randint(0, 50, (3, 12)))
+    routing = evaluate_routing(trainer.model, [{"input_ids": torch.randint(0, 50, (3, 12))}])
     assert [row["group"] for row in routing.statistics.table()] == list(range(groups))
     assert sum(row["choices"] for row in routing.statistics.table()) == 2 * 2 * 36
-    torch.testing.assert_close(routing.group_share.sum(1), torch.ones(33))
+    torch.testing.assert_close(routing.group_choices.sum(1), torch.full((36,), 4.0))  # two in each of two layers
 
 
 def test_model_without_experts_trains(tmp_path):

@@ -108,9 +108,12 @@ def every_loss(accumulation: int, ranks: int, folder: str, trainer_class=Trainer
 
 
 def logged_figures(folder: str, ranks: int) -> list[dict[str, float]]:
-    """What MoHGETrainer logs."""
+    """The numbers that MoHGETrainer logs."""
     trainer = train(config("expert", router_z_loss_coef=0.5), folder, MoHGETrainer, ranks=ranks)
-    return trainer.state.log_history[:2]
+    return [
+        {name: value for name, value in entry.items() if name != "router_load"}
+        for entry in trainer.state.log_history[:2]
+    ]
 
 
 def save_sharded(folder: Path) -> None:

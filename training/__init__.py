@@ -6,9 +6,11 @@ from importlib import import_module
 _MODULES = {
     "MoHGETrainer": "trainer",
     "PeerWatchdog": "watchdog",
-    "RouterScheduleCallback": "trainer",
+    "RouterLogCallback": "callbacks",
+    "RouterScheduleCallback": "callbacks",
     "RouterStatistics": "metrics",
     "RouterTraffic": "traffic",
+    "StopSignalCallback": "callbacks",
 }
 
 
@@ -19,4 +21,12 @@ def __getattr__(name: str):
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-__all__ = ["MoHGETrainer", "PeerWatchdog", "RouterScheduleCallback", "RouterStatistics", "RouterTraffic"]
+__all__ = [
+    "MoHGETrainer",
+    "PeerWatchdog",
+    "RouterLogCallback",
+    "RouterScheduleCallback",
+    "RouterStatistics",
+    "RouterTraffic",
+    "StopSignalCallback",
+]

@@ -10,6 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 
+STANDARD_LIBRARY = "standard-library"
+"""Name of this text among the sources of training data."""
+
+
 def standard_library_texts(characters: int = 5_000_000) -> tuple[list[str], list[str]]:
     """
     Texts of the standard library, to train on and held out: sources, with their docstrings, and the language reference

@@ -1,36 +1,65 @@
 """
-Pretraining, on one process or many: `python -m mohge.training.pretrain --help`, and on several devices
-`accelerate launch --config_file accelerate.yaml -m mohge.training.pretrain ...` (`mohge place` writes such a launch).
+Pretraining and continued training: `mohge train RECIPE`, and on several devices
+`accelerate launch --config_file accelerate.yaml -m mohge.training.pretrain RECIPE`; `mohge place` writes a launch.
 """
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, default_data_collator, set_seed
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
-from mohge.cli import load_config
+from mohge.cli import load_config, main
+from mohge.model_cards.shipped import shipped_file, shipped_recipes
 from mohge.parallel_mohge import check_layout
 
-from .corpus import standard_library_texts, token_blocks, train_tokenizer
+from .corpus import STANDARD_LIBRARY, train_tokenizer
+from .data import TextSource, collate_packed, packed_blocks, parse_sources, read_rows
+from .recipe import open_run, parse_recipe, train_and_save
 from .trainer import MoHGETrainer
+
+
+TOKENIZER_TEXT = 50_000_000
+"""Characters of the training text that a tokenizer is trained on, where none is given."""
 
 
 @dataclass
 class PretrainArguments:
     """What to train, on which text, and spread how."""
 
-    model: str = field(
-        metadata={"help": "Config.json, model folder or Hub id. A config without weights starts from random weights."}
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Config.json, model folder, Hub id or shipped recipe. A config without weights starts from random "
+            "weights, anything else goes on from its weights."
+        },
     )
-    text: list[str] | None = field(
-        default=None, metadata={"help": "Text files. By default the Python standard library's own text."}
+    datasets: list[str] = field(
+        default_factory=lambda: [STANDARD_LIBRARY],
+        metadata={
+            "help": "Text to train on: Hub ids, folders, files (txt, jsonl, json, csv, parquet) or standard-library, "
+            "Python's own sources. Several make a mixture. An entry may be a mapping with options, such as "
+            "'{path: org/name, name: configuration, split: train, column: text, weight: 0.3}'; weights are shares of "
+            "the tokens."
+        },
     )
+    eval_datasets: list[str] | None = field(
+        default=None, metadata={"help": "Text to evaluate on, in the same form; give eval_strategy too."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read text as it is needed, instead of tokenizing it all first. Needs max_steps."},
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Rows of a stream among which the next one is drawn (streaming)."}
+    )
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     tokenizer: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub id of the tokenizer. By default the model's; for a config, one of the text."},
@@ -38,7 +67,10 @@ class PretrainArguments:
     dtype: str | None = field(
         default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the config's, or float32."}
     )
-    sequence_length: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
+    sequence_length: int = field(
+        default=256,
+        metadata={"help": "Tokens of a training sequence. Documents are packed into it and do not see each other."},
+    )
     ep_size: int = field(
         default=1, metadata={"help": "Ranks that hold different experts; divides fsdp_size * tp_size."}
     )
@@ -72,78 +104,90 @@ class PretrainArguments:
         return layout
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run with `arguments` (by default those of the process) and return the exit status: 0, or 2 for bad input."""
-    parser = HfArgumentParser([PretrainArguments, TrainingArguments])
-    if not torch.accelerator.is_available():  # or else accelerate takes each process of a CPU run for the only one
-        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
-    try:
-        own, training = parser.parse_args_into_dataclasses(arguments)
-        run_pretraining(own, training)
-    except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line from each machine
-            print(f"mohge.training.pretrain: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def run_pretraining(own: PretrainArguments, training: TrainingArguments) -> MoHGETrainer:
+def run(arguments: list[str]) -> int:
     """
-    Train a model, save it with its tokenizer in `training.output_dir`, and return the trainer.
+    The command `mohge train`: train a model, and save it with its tokenizer in `output_dir`.
+
+    Returns:
+        `int`: Exit status: 0, or 1 if the run was stopped and can go on.
 
     Raises:
-        ValueError: if arguments contradict each other or the model.
+        ValueError: if arguments contradict each other, the model or the text.
         OSError: if a file cannot be read.
     """
+    if not torch.accelerator.is_available():  # or else accelerate takes each process of a CPU run for the only one
+        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+    (own, training), given = parse_recipe("mohge train", __doc__, [PretrainArguments, TrainingArguments], arguments)
+    if own.model is None:
+        raise ValueError(f"`model` is missing: name a config, a model or one of {', '.join(shipped_recipes())}")
     config = load_config(own.model)
     layout = own.layout(config)
-    texts = standard_library_texts()[0] if own.text is None else [Path(path).read_text("utf-8") for path in own.text]
-    trained = _has_weights(own.model)
-    if own.tokenizer is None and not trained:
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or own.model)
+    sources = parse_sources(own.datasets, "datasets")
+    held_out = parse_sources(own.eval_datasets or [], "eval_datasets")
+    if own.streaming and training.max_steps <= 0:
+        raise ValueError("`streaming` needs `max_steps`: the length of a stream is not known")
+    with training.main_process_first(local=False):
+        checkpoint = open_run(training, given)
+    start = _start(own, config, sources, training)
+    tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or start)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"`vocab_size` is {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens: raise it, or name "
             "another `tokenizer`"
         )
-    data = token_blocks(texts, tokenizer, own.sequence_length)
-    if not len(data):
-        raise ValueError(f"the text is shorter than `sequence_length` ({own.sequence_length} tokens): give more text")
-
-    folder = own.model if trained else _random_weights(config, training)
+    with training.main_process_first():  # the others read its cache
+        options = {"tokenizer": tokenizer, "sequence_length": own.sequence_length, "num_proc": own.num_proc}
+        shuffled = {"streaming": own.streaming, "seed": training.seed, "shuffle_buffer": own.shuffle_buffer}
+        text = packed_blocks(sources, **options, **shuffled)
+        eval_text = packed_blocks(held_out, **options) if held_out else None
     dtype = own.dtype or config.dtype or "float32"
-    model = MoHGEForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=layout)
-    trainer = MoHGETrainer(model, training, train_dataset=data, data_collator=default_data_collator)
-    resume = training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)  # the last one
-    trainer.save_model()
-    if training.should_save:
-        tokenizer.save_pretrained(training.output_dir)
-    trainer.accelerator.wait_for_everyone()
-    return trainer
+    trainer = MoHGETrainer(
+        MoHGEForCausalLM.from_pretrained(start, dtype=dtype, distributed_config=layout),
+        training,
+        train_dataset=text,
+        eval_dataset=eval_text,
+        data_collator=collate_packed,
+        processing_class=tokenizer,
+    )
+    if train_and_save(trainer, checkpoint):
+        return 0
+    print("mohge train: stopped, the same command goes on from here", file=sys.stderr)
+    return 1
 
 
-def _has_weights(model: str) -> bool:
-    path = Path(model)
-    if path.is_dir():
-        return any([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    return not path.is_file()  # a Hub id
-
-
-def _random_weights(config: MoHGEConfig, training: TrainingArguments) -> str:
-    """A model folder with random weights, the same for every rank."""
+def _start(own: PretrainArguments, config: MoHGEConfig, sources: list[TextSource], training: TrainingArguments) -> str:
+    """The model to start from: `own.model`, or a folder with random weights and a tokenizer, one for all ranks."""
+    path = Path(own.model)
+    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return own.model
+    if not path.exists() and shipped_file(own.model, "config.json") is None:
+        return own.model  # a Hub id
     folder = Path(training.output_dir) / "initial"
     with training.main_process_first(local=False):
-        if training.should_save:
+        if training.should_save and not (folder / "config.json").exists():
+            if own.tokenizer is None and not any(path.glob("tokenizer*.json")):
+                train_tokenizer(_characters(sources, TOKENIZER_TEXT), config.vocab_size).save_pretrained(folder)
             set_seed(training.seed)
             MoHGEForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 
+def _characters(sources: list[TextSource], limit: int) -> Iterator[str]:
+    """The first text of the sources, in equal parts."""
+    for source in sources:
+        left = limit // len(sources)
+        for row in read_rows(source, streaming=True):
+            text = row.get(source.column)
+            if not isinstance(text, str):
+                raise ValueError(f"{source.path} has no text in its column `{source.column}`: name a `tokenizer`")
+            yield text
+            left -= len(text)
+            if left <= 0:
+                break
+
+
 if __name__ == "__main__":
-    status = main()
+    status = main(["train", *sys.argv[1:]])
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)

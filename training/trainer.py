@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import extract_model_from_parallel, gather_object
-from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -16,6 +15,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM
 
+from .callbacks import RouterScheduleCallback, base_model, dense_parameters
 from .checkpointing import (
     OPTIMIZER_FOLDER,
     check_same_model,
@@ -30,13 +30,8 @@ from .watchdog import PeerWatchdog
 
 logger = logging.get_logger(__name__)
 
-
-class RouterScheduleCallback(TrainerCallback):
-    """Tells the model at every step how far training is, for `group_aux_loss_start` and `router_intra_group_warmup`.
-    [`MoHGETrainer`] has it; pass it to a plain `Trainer` with `callbacks=[RouterScheduleCallback()]`."""
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        _base_model(model).set_training_progress(state.global_step / state.max_steps)
+LOAD_RECORDS = 256
+"""Largest number of entries of `log_history` that hold every expert's load."""
 
 
 class MoHGETrainer(Trainer):
@@ -50,7 +45,8 @@ class MoHGETrainer(Trainer):
     rank holds it, and a run on any other layout, or on one process, goes on from both. A checkpoint gets its name when
     it is complete, so one that is cut off leaves those before it as they were. Distributed runs have a
     [`PeerWatchdog`]. Runs with a router loss leave their newest routing in `traffic.json`, for `mohge place` and
-    `mohge simulate`. All ranks must see one file system.
+    `mohge simulate`, and each expert's load over time in `log_history` (`router_load`: tokens since the entry before
+    by sparse layer and expert), for `mohge report`. All ranks must see one file system.
     """
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
@@ -75,7 +71,7 @@ class MoHGETrainer(Trainer):
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._with_router_losses(self.compute_loss_func)
         self._start_sums()
-        config = _base_model(self.model).config
+        config = base_model(self.model).config
         self._traffic = RouterTraffic(config) if config.sparse_layers else None
         self._staging: str | None = None  # folder of a checkpoint that is being written
 
@@ -124,10 +120,10 @@ class MoHGETrainer(Trainer):
         return with_router_losses
 
     def _start_sums(self):
-        model = _base_model(self.model)
+        model = base_model(self.model)
         self._first_step: int | None = None  # of the steps that the sums are over
         self._sums: dict[str, torch.Tensor] = {}
-        dense = model.num_parameters() - model.config.routed_parameters
+        dense = dense_parameters(model)
         self._statistics = RouterStatistics(model.config, dense) if model.config.sparse_layers else None
 
     def _add(self, name: str, value: torch.Tensor):
@@ -135,10 +131,22 @@ class MoHGETrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. Adds the language-model loss and the router's figures to the logs of training steps."""
-        if "loss" in logs and self._first_step is not None:
-            logs.update(self._figures(steps=self.state.global_step - self._first_step))
-            self._start_sums()
+        if "loss" not in logs or self._first_step is None:
+            return super().log(logs, start_time)
+        logs.update(self._figures(steps=self.state.global_step - self._first_step))
+        load = self._statistics.counts if self._statistics is not None and self._statistics.tokens > 0 else None
+        self._start_sums()
         super().log(logs, start_time)
+        if load is not None:  # in the record only: reports take numbers
+            self._record_load([[int(count) for count in layer.tolist()] for layer in load])
+
+    def _record_load(self, load: list[list[int]]):
+        """Keep what each expert got since the last log, thinned out in long runs."""
+        entries = [entry for entry in self.state.log_history if "router_load" in entry]
+        if len(entries) >= LOAD_RECORDS:
+            for entry in entries[1::2]:
+                del entry["router_load"]
+        self.state.log_history[-1]["router_load"] = load
 
     def _figures(self, steps: int) -> dict[str, float]:
         # A rank's losses are its part of the sum over all ranks, unless each rank averages over its own targets.
@@ -256,7 +264,7 @@ class MoHGETrainer(Trainer):
     def _save_traffic(self, traffic: RouterTraffic):
         by_rank = gather_object([traffic.records])[:: self.get_tp_size()]
         if self.args.should_save and any(by_rank):
-            everything = RouterTraffic(_base_model(self.model).config)
+            everything = RouterTraffic(base_model(self.model).config)
             everything.extend(
                 [record for forward in zip(*by_rank, strict=False) for record in forward][-traffic.limit :]
             )
@@ -264,10 +272,4 @@ class MoHGETrainer(Trainer):
             everything.save(os.path.join(self.args.output_dir, "traffic.json"))
 
 
-def _base_model(model: nn.Module) -> MoHGEForCausalLM:
-    """The MoHGE model inside the wrappers of data parallelism, compilation and PEFT."""
-    model = extract_model_from_parallel(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-__all__ = ["MoHGETrainer", "RouterScheduleCallback"]
+__all__ = ["MoHGETrainer"]

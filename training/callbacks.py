@@ -1,0 +1,110 @@
+"""Callbacks for any `Trainer`. [`MoHGETrainer`] has the first two on its own."""
+
+import signal
+import threading
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import TrainerCallback
+
+from mohge import MoHGEForCausalLM
+
+from .metrics import RouterStatistics
+
+
+class RouterScheduleCallback(TrainerCallback):
+    """Tells the model at every step how far training is, for `group_aux_loss_start` and `router_intra_group_warmup`.
+    Pass it to a plain `Trainer` with `callbacks=[RouterScheduleCallback()]`."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        base_model(model).set_training_progress(state.global_step / state.max_steps)
+
+
+class RouterLogCallback(TrainerCallback):
+    """
+    Adds the figures of [`RouterStatistics.summary`], under `router/`, to what a plain `Trainer` logs, for models with
+    a router loss. Reporters of `report_to` run before the callbacks that `Trainer` is given; to have the figures
+    there too, put this one first:
+
+    ```python
+    >>> trainer.callback_handler.callbacks.insert(0, RouterLogCallback())
+    ```
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model = base_model(model)
+        dense = dense_parameters(model)
+        self._new_statistics = lambda: RouterStatistics(model.config, dense)
+        self._statistics = self._new_statistics()
+        self._hook = model.register_forward_hook(self._count, with_kwargs=True)
+
+    def _count(self, model: nn.Module, args: tuple, kwargs: dict, output):
+        if model.training and output.tokens_per_expert is not None:
+            mask = kwargs.get("attention_mask")
+            tokens = output.logits.shape[:2].numel() if mask is None else mask.sum()
+            self._statistics.add(output.tokens_per_expert, tokens)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or self._statistics.tokens == 0:
+            return
+        if args.world_size > 1:
+            for total in self._statistics.tensors():
+                dist.all_reduce(total)
+        figures = {f"router/{name}": value for name, value in self._statistics.summary().items()}
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+        self._statistics = self._new_statistics()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hook.remove()
+
+
+class StopSignalCallback(TrainerCallback):
+    """
+    On SIGTERM, what schedulers send before they take a machine away, ends training after the step that is running,
+    with a checkpoint. One rank of a run is enough: all stop after the same step, which
+    `TrainingArguments.enable_jit_checkpoint` does not promise. Pass it to any `Trainer` with
+    `callbacks=[StopSignalCallback()]`.
+    """
+
+    def __init__(self):
+        self.stopped = False
+        """Whether training was ended by the signal."""
+        self._received = False
+        self._handler_before = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
+            self._handler_before = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number, frame):
+        self._received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = self._received
+        if args.world_size > 1:
+            flag = torch.tensor(float(received), device=args.device)
+            dist.all_reduce(flag)
+            received = flag.item() > 0
+        if received and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._handler_before is not None:
+            signal.signal(signal.SIGTERM, self._handler_before)
+
+
+def base_model(model: nn.Module) -> MoHGEForCausalLM:
+    """The MoHGE model inside the wrappers of data parallelism, compilation and PEFT."""
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def dense_parameters(model: MoHGEForCausalLM) -> int:
+    """Number of parameters that every token passes through: all but the routed experts and adapters on them."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." not in name)
+
+
+__all__ = ["RouterLogCallback", "RouterScheduleCallback", "StopSignalCallback"]

@@ -1,0 +1,287 @@
+"""Text to train and evaluate on: any source of `datasets`, as sequences of one length with documents kept apart."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+)
+from transformers import PreTrainedTokenizerBase
+
+from .corpus import STANDARD_LIBRARY, standard_library_texts
+
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Ending of a data file -> the builder of `datasets` that reads it. Text files, `.txt`, are read here."""
+
+_PIECE = 2**20  # characters
+_INTEGERS = List(Value("int32"))
+
+
+@dataclass
+class TextSource:
+    """
+    Where text comes from.
+
+    Args:
+        path (`str`):
+            Hub id of a data set, a folder, a file (txt, jsonl, json, csv, parquet), or `standard-library`: the Python
+            standard library's own text, with the splits `train` and `validation`.
+        name (`str`, *optional*): Configuration of the data set, where it has several.
+        split (`str`, *optional*, defaults to `"train"`): Split, or part of one such as `train[:1%]`.
+        column (`str`, *optional*, defaults to `"text"`):
+            Column of the text. A column `input_ids` is taken as it is.
+        weight (`float`, *optional*): Share of this source in the tokens of a mixture, relative to the others.
+        revision (`str`, *optional*): Revision of a data set on the Hub.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    weight: float | None = None
+    revision: str | None = None
+
+
+def parse_sources(entries: list[str], argument: str) -> list[TextSource]:
+    """
+    Sources as a recipe or a command line gives them.
+
+    Args:
+        entries (`list[str]`): Paths, or YAML mappings such as `{path: a.jsonl, weight: 0.3}`.
+        argument (`str`): Name of the argument they come from, for messages.
+
+    Raises:
+        ValueError: if an entry is neither, or has an unknown or missing key.
+    """
+    known = [field.name for field in fields(TextSource)]
+    sources = []
+    for entry in entries:
+        try:
+            values = yaml.safe_load(entry) if entry.lstrip().startswith("{") else {"path": entry}
+        except yaml.YAMLError as error:
+            raise ValueError(f"`{argument}` has {entry}, which is no YAML mapping ({error}): mend it") from error
+        if unknown := sorted(map(str, values.keys() - set(known))):
+            raise ValueError(f"`{argument}` has an entry with the unknown key `{unknown[0]}`: use {', '.join(known)}")
+        if not values.get("path"):
+            raise ValueError(f"`{argument}` has an entry without `path`: name a Hub id, a folder or a file")
+        source = TextSource(**values)
+        for name in known:
+            value = getattr(source, name)
+            if name == "weight":
+                if value is not None and not (isinstance(value, int | float) and value > 0):
+                    raise ValueError(f"`{argument}`: `weight` of {source.path} is {value}: give a positive number")
+            elif not isinstance(value, str | None):
+                raise ValueError(f"`{argument}`: `{name}` of {source.path} is {value!r}: give text, in quotes")
+        sources.append(source)
+    weighted = [source for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
+        raise ValueError(f"`{argument}` has entries with and without `weight`: give one to each, or to none")
+    return sources
+
+
+def read_rows(source: TextSource, streaming: bool = False) -> Dataset | IterableDataset:
+    """
+    The rows of a source with all their columns; of text files, a row is a document or a piece of one, in the column
+    `source.column`, and `continues` says that the document goes on in the next row.
+
+    Raises:
+        ValueError: if it cannot be read, or has no rows.
+    """
+    try:
+        rows = _rows(source, streaming)
+        empty = next(iter(rows), None) is None
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{source.path} cannot be read as text ({' '.join(str(error).split())})") from error
+    if empty:
+        raise ValueError(f"{source.path} has no rows in its split `{source.split}`: give text")
+    return rows
+
+
+def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
+    path = Path(source.path)
+    files = [path] if path.suffix == ".txt" and path.is_file() else sorted(path.glob("*.txt"))
+    if source.path == STANDARD_LIBRARY:
+        splits = ("train", "validation")
+        generator, state = _standard_library_rows, {"python": sys.version}
+    elif files:
+        splits = ("train",)
+        state = {"stamps": tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)}
+        generator = _text_file_rows
+    elif path.is_file():
+        if path.suffix not in FORMATS:
+            raise ValueError(f"its ending is {path.suffix or 'missing'}, not one of .txt, {', '.join(FORMATS)}")
+        return load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split, streaming=streaming)
+    else:
+        return load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, streaming=streaming
+        )
+    if source.split not in splits:
+        raise ValueError(f"it has no split `{source.split}`: use {' or '.join(splits)}")
+    kind = IterableDataset if streaming else Dataset
+    # `state` also tells the cache when the text has changed.
+    return kind.from_generator(generator, gen_kwargs={"column": source.column, "split": source.split, **state})
+
+
+def _standard_library_rows(column: str, split: str, python: str) -> Iterator[dict]:
+    texts = standard_library_texts()[0 if split == "train" else 1]
+    yield from ({column: text, "continues": False} for text in texts)
+
+
+def _text_file_rows(column: str, split: str, stamps: tuple[tuple[str, int, int]]) -> Iterator[dict]:
+    """Each file in pieces of whole lines, about a million characters each."""
+    for file, *_ in stamps:
+        with open(file, encoding="utf-8") as opened:
+            piece = "".join(opened.readlines(_PIECE))
+            while piece:
+                after = "".join(opened.readlines(_PIECE))
+                yield {column: piece, "continues": bool(after)}
+                piece = after
+
+
+def tokenized(
+    source: TextSource, tokenizer: PreTrainedTokenizerBase | None, streaming: bool = False, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """
+    A source as rows of tokens: `input_ids`, with the end-of-sequence token where a document ends, and `ends`, whether
+    one does. Unless streaming, they are cached on disk.
+
+    Raises:
+        ValueError: if the source cannot be read, has neither text nor tokens, or has text and there is no tokenizer.
+    """
+    rows = read_rows(source, streaming)
+    columns = list(next(iter(rows)))
+    if "input_ids" not in columns and source.column not in columns:
+        raise ValueError(
+            f"{source.path} has no column `{source.column}`: name its text column as `column`, one of "
+            f"{', '.join(columns)}"
+        )
+    if "input_ids" not in columns and tokenizer is None:
+        raise ValueError(f"{source.path} has text, and the model has no tokenizer: name one as `tokenizer`")
+    options = {"fn_kwargs": {"tokenizer": tokenizer, "column": source.column}, "remove_columns": columns}
+    if not streaming:
+        options |= {"num_proc": num_proc, "desc": f"tokenizing {source.path}"}
+    return rows.map(_tokenize, batched=True, **options)
+
+
+def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase | None, column: str) -> dict[str, list]:
+    if "input_ids" in batch:
+        return {"input_ids": batch["input_ids"], "ends": [True] * len(batch["input_ids"])}
+    texts = [text or "" for text in batch[column]]
+    rows = tokenizer(texts, verbose=False)["input_ids"]
+    ends = [not goes_on for goes_on in batch.get("continues", [False] * len(rows))]
+    if tokenizer.eos_token_id is not None:
+        rows = [row + [tokenizer.eos_token_id] * (end and bool(row)) for row, end in zip(rows, ends, strict=True)]
+    return {"input_ids": rows, "ends": ends}
+
+
+def packed_blocks(
+    sources: list[TextSource],
+    tokenizer: PreTrainedTokenizerBase | None,
+    sequence_length: int,
+    streaming: bool = False,
+    num_proc: int | None = None,
+    seed: int = 0,
+    shuffle_buffer: int = 1,
+    drop_last: bool = True,
+) -> Dataset | IterableDataset:
+    """
+    Documents joined and cut into sequences of `sequence_length` tokens, without padding.
+
+    `position_ids` start again at 0 with each document, which is how transformers' attention masks are told to keep
+    documents apart (in `DataCollatorWithFlattening` too).
+
+    Args:
+        sources (`list[TextSource]`):
+            Sources. With weights, sequences are drawn from them in these proportions until each was used up at least
+            once, so that smaller ones repeat; without, all are used once (streaming: drawn in turn).
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Not needed where all sources have a column `input_ids`.
+        sequence_length (`int`): Tokens of a sequence.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether rows are read as they are needed, instead of being tokenized and cached first.
+        num_proc (`int`, *optional*): Processes that tokenize.
+        seed (`int`, *optional*, defaults to 0): Seed of the mixture and of streams' shuffling.
+        shuffle_buffer (`int`, *optional*, defaults to 1): Rows of a stream among which the next one is drawn.
+        drop_last (`bool`, *optional*, defaults to `True`): Whether to leave out what is too short for a sequence.
+
+    Returns:
+        Rows of `input_ids` and `position_ids`, `sequence_length` integers each, for [`collate_packed`].
+
+    Raises:
+        ValueError: if a source cannot be read, or is shorter than a sequence.
+    """
+    blocks = []
+    for source in sources:
+        tokens = tokenized(source, tokenizer, streaming, num_proc)
+        if streaming:
+            tokens = tokens.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        if next(_pack(tokens, sequence_length, drop_last), None) is None:
+            raise ValueError(
+                f"{source.path} is shorter than `sequence_length` ({sequence_length} tokens): give more text"
+            )
+        packed = type(tokens).from_generator(
+            _pack,
+            features=Features({"input_ids": _INTEGERS, "position_ids": _INTEGERS}),
+            gen_kwargs={"rows": tokens, "length": sequence_length, "drop_last": drop_last},
+        )
+        blocks.append(packed if streaming else packed.with_format("numpy"))  # a stream is slow in any format
+    if len(blocks) == 1:
+        return blocks[0]
+    weights = [source.weight for source in sources]
+    if weights[0] is None:
+        if not streaming:
+            return concatenate_datasets(blocks)
+        weights = [1] * len(blocks)
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(blocks, shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def _pack(rows: Iterable[dict], length: int, drop_last: bool) -> Iterator[dict[str, np.ndarray]]:
+    tokens = positions = np.empty(0, np.int32)
+    position = 0
+    waiting, held = [], 0  # rows not yet cut into sequences, so that a short row does not copy what came before
+    for row in rows:
+        new = np.asarray(row["input_ids"], np.int32)
+        waiting.append((new, np.arange(position, position + len(new), dtype=np.int32)))
+        position = 0 if row["ends"] else position + len(new)
+        held += len(new)
+        if held < length:
+            continue
+        tokens, positions = (np.concatenate(parts) for parts in zip(*waiting, strict=True))
+        whole = held // length * length
+        for start in range(0, whole, length):
+            yield _block(tokens[start : start + length], positions[start : start + length])
+        waiting, held = [(tokens[whole:], positions[whole:])], held - whole
+    if held and not drop_last:
+        yield _block(*(np.concatenate(parts) for parts in zip(*waiting, strict=True)))
+
+
+def _block(tokens: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """A sequence, in which also a document that began before it starts at position 0."""
+    first_document = np.cumprod(positions == positions[0] + np.arange(len(positions))).astype(bool)
+    return {"input_ids": tokens, "position_ids": np.where(first_document, positions - positions[0], positions)}
+
+
+def collate_packed(rows: list[dict[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+    """
+    A batch of packed sequences: `input_ids`, `position_ids` and `labels`, each `[B, S]`. A document's first token is
+    no target, since nothing of the document comes before it.
+    """
+    names = ("input_ids", "position_ids")
+    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).long() for name in names}
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)}
+
+
+__all__ = ["FORMATS", "TextSource", "collate_packed", "packed_blocks", "parse_sources", "read_rows", "tokenized"]

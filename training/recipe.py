@@ -1,0 +1,177 @@
+"""Training commands: arguments from a recipe and the command line, and runs that can be stopped and go on."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME
+
+from mohge.model_cards.shipped import shipped_file
+
+from .callbacks import StopSignalCallback
+from .trainer import MoHGETrainer
+
+
+RECIPE_NAME = "recipe.yaml"
+"""File of a run's folder that holds its arguments, those that differ from their defaults."""
+
+_MAY_DIFFER = {
+    *("output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "trackio_space_id"),
+    *("disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "num_proc", "dataloader_num_workers"),
+}
+"""Arguments of which a run that goes on may have others: what it computes does not depend on them."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse_recipe(
+    prog: str, description: str, dataclass_types: Iterable[type], arguments: list[str]
+) -> tuple[list[Any], dict[str, Any]]:
+    """
+    Parse `[RECIPE] [--flag value ...]`. Flags go before the recipe's values.
+
+    Args:
+        prog (`str`): The command.
+        description (`str`): What it does, for `--help`.
+        dataclass_types (`Iterable[type]`): Dataclasses of the arguments, in the form of `HfArgumentParser`.
+        arguments (`list[str]`): The command line.
+
+    Returns:
+        `tuple[list, dict]`: An instance of each dataclass, and the values that differ from their defaults.
+
+    Raises:
+        ValueError: if there is no such recipe, or a name or a value is wrong.
+    """
+    parser = _Parser(
+        dataclass_types,
+        prog=prog,
+        usage="%(prog)s [RECIPE] [--flag value ...]",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "recipe", nargs="?", help="YAML file, or name of a shipped recipe, with values of the flags below"
+    )
+    values = vars(parser.parse_args(arguments))
+    recipe = values.pop("recipe")
+    if recipe is not None:
+        values = vars(parser.parse_args([*_as_arguments(recipe), *arguments]))
+        del values["recipe"]
+    defaults = vars(parser.parse_args([]))
+    given = {name: value for name, value in values.items() if value != defaults[name]}
+    return list(parser.parse_dict(values)), given
+
+
+def _as_arguments(recipe: str) -> list[str]:
+    path = Path(recipe) if Path(recipe).exists() else shipped_file(recipe, RECIPE_NAME)
+    if path is None:
+        raise ValueError(f"{recipe} is neither a file nor a shipped recipe: give a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{recipe} cannot be read as a YAML recipe ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{recipe} is no recipe: write one `name: value` per line")
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(_as_text, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={_as_text(value)}")
+    return arguments
+
+
+def _as_text(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
+    """
+    Prepare `output_dir`, before anything else is done.
+
+    A run that was cut off goes on from its last checkpoint when the same command is given again, with the same values.
+    `resume_from_checkpoint` goes on from any checkpoint, whatever the values.
+
+    Args:
+        training (`TrainingArguments`): Where to save, and what to resume from.
+        given (`dict`): Arguments that differ from their defaults, of [`parse_recipe`]; written to `recipe.yaml`.
+
+    Returns:
+        `str`, *optional*: The checkpoint to go on from.
+
+    Raises:
+        ValueError: if the folder holds a model or a run with other arguments, or there is no such checkpoint.
+    """
+    folder = Path(training.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint, asked = last, training.resume_from_checkpoint
+    if asked is not None and str(asked).lower() != "false":
+        checkpoint = last if str(asked).lower() == "true" else str(asked)
+        if checkpoint is None or not Path(checkpoint).is_dir():
+            raise ValueError(
+                f"`resume_from_checkpoint` is {asked}, and there is no checkpoint: give the folder of one, or leave "
+                "it out"
+            )
+    elif (folder / CONFIG_NAME).exists():
+        raise ValueError(
+            f"`output_dir` {folder} holds a model already: name another folder, or go on from one of its checkpoints "
+            "with `resume_from_checkpoint`"
+        )
+    elif (folder / RECIPE_NAME).exists() and last is not None:
+        before = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8")) or {}
+        now = _plain(given)
+        for name in sorted(before.keys() | now.keys()):
+            if name not in _MAY_DIFFER and before.get(name) != now.get(name):
+                raise ValueError(
+                    f"`output_dir` {folder} holds a run with `{name}` {before.get(name, 'by default')}, and here it "
+                    f"is {now.get(name, 'by default')}: give the same to go on, name another folder, or go on with "
+                    "other values with `resume_from_checkpoint`"
+                )
+    if training.should_save:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
+        (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
+    return checkpoint
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """As YAML has it: mappings that a command line gives as text are mappings there."""
+
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(entry) for entry in value]
+        return yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+
+    kept = {name: plain(value) for name, value in given.items() if name != "resume_from_checkpoint"}
+    return json.loads(json.dumps(kept, default=str))  # enumerations become their text
+
+
+def train_and_save(trainer: MoHGETrainer, checkpoint: str | None) -> bool:
+    """
+    Train, and save the model, the trainer's `processing_class` and the record of the run in `output_dir`.
+
+    Args:
+        trainer ([`MoHGETrainer`]): The trainer.
+        checkpoint (`str`, *optional*): Checkpoint to go on from, of [`open_run`].
+
+    Returns:
+        `bool`: Whether the run is complete; it is not if a signal to stop came, and can then go on.
+    """
+    stop = StopSignalCallback()
+    trainer.add_callback(stop)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped:
+        return False
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
+    return True
