@@ -11,9 +11,7 @@ from .architectures import Architecture
 from .recipe import Recipe
 
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT = 8
-_PIECE = 2**20
 
 
 class Tokens(NamedTuple):
@@ -103,36 +101,14 @@ def _documents(recipe: Recipe, source: Path) -> Iterator[list[int]]:
 
 def _rows(recipe: Recipe) -> Iterator[dict]:
     """The rows, read as they are needed: nothing is downloaded or cached as a whole."""
-    from datasets import load_dataset  # a quarter of a second, which other commands should not wait
+    from mohge.training.data import TextSource, read_rows  # seconds, which other commands should not wait
 
-    name, path, column = recipe.calibration, Path(recipe.calibration), recipe.calibration_column
+    name, column = recipe.calibration, recipe.calibration_column
     try:
-        files = [path] if path.suffix == ".txt" and path.is_file() else sorted(path.glob("*.txt"))
-        for file in files:
-            yield from ({column: text, "continues": continues} for text, continues in _pieces(file))
-        if files:
-            return
-        if path.is_file():
-            if path.suffix not in _FORMATS:
-                raise ValueError(f"its ending is {path.suffix or 'missing'}, not one of .txt, {', '.join(_FORMATS)}")
-            rows = load_dataset(
-                _FORMATS[path.suffix], data_files=str(path), split=recipe.calibration_split, streaming=True
-            )
-        else:
-            rows = load_dataset(name, recipe.calibration_config, split=recipe.calibration_split, streaming=True)
-        yield from rows
+        source = TextSource(name, recipe.calibration_config, recipe.calibration_split, column)
+        yield from read_rows(source, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"`calibration` {name} cannot be read ({error})") from error
-
-
-def _pieces(file: Path) -> Iterator[tuple[str, bool]]:
-    """A text in pieces of whole lines, about a million characters each, and whether it goes on after the piece."""
-    with file.open(encoding="utf-8") as opened:
-        piece = "".join(opened.readlines(_PIECE))
-        while piece:
-            after = "".join(opened.readlines(_PIECE))
-            yield piece, bool(after)
-            piece = after
 
 
 def _tokenizer(source: Path):

@@ -30,6 +30,7 @@ from mohge import MoHGEConfig
 from mohge.conversion import calibration as calibration_module
 from mohge.conversion import load_recipe
 from mohge.conversion.staging import Staging
+from mohge.training import data
 
 
 def save_as_one(folder: Path, weights: dict[str, torch.Tensor]):
@@ -258,7 +259,7 @@ def test_text_is_read_in_pieces_and_only_as_far_as_needed(tmp_path, monkeypatch)
             yield row
 
     monkeypatch.setattr(calibration_module, "_rows", rows)
-    monkeypatch.setattr(calibration_module, "_PIECE", 500)
+    monkeypatch.setattr(data, "_PIECE", 500)
     options = {"source": str(source), "output": "out", "mode": "trim", "calibration_length": 10}
     few = load_recipe(None, **options, calibration=str(tmp_path / "text.txt"), calibration_tokens=100)
     ids = calibration_module.read_tokens(few, source, config, True).ids
