@@ -180,8 +180,8 @@ def grouped_mm_forward(
         if rows_in.shape[0] == 0 and not torch.is_grad_enabled():  # with gradients, every group needs one
             rows.append(rows_in)
             continue
-        gate, up = _grouped_linear(rows_in, gate_up.to(dtype), offsets).chunk(2, dim=-1)
-        rows.append(_grouped_linear(experts.act_fn(gate) * up, down.to(dtype), offsets))
+        gate, up = _grouped_linear(rows_in, _cast(gate_up, dtype), offsets).chunk(2, dim=-1)
+        rows.append(_grouped_linear(experts.act_fn(gate) * up, _cast(down, dtype), offsets))
     return pairs.combine(rows, top_k_weights).to(hidden_states.dtype)
 
 
@@ -193,10 +193,38 @@ def compute_dtype(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.dt
 
 def _grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[S, in] rows sorted by expert times [N, out, in]: [S, out]."""
+    if _is_quantized(weight):
+        return _QuantizedGroupedLinear.apply(rows, weight, offsets)
     aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     if aligned and weight.dtype != torch.float64:
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
     return torch.ops.transformers.grouped_mm_fallback(rows, weight.transpose(1, 2), offsets)
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    """Whether this is a tensor of torchao that stands for weights in fewer bits."""
+    return is_traceable_wrapper_subclass(weight) and type(weight).__module__.startswith("torchao.")
+
+
+def _cast(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight if _is_quantized(weight) else weight.to(dtype)
+
+
+class _QuantizedGroupedLinear(torch.autograd.Function):
+    """`_grouped_linear` with frozen quantised weights. Forward and backward each dequantise the group for themselves:
+    autograd would keep the dequantised weights of all layers."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.weight = weight
+        return _grouped_linear(rows, weight.dequantize().to(rows.dtype), offsets)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (offsets,) = ctx.saved_tensors
+        weight = ctx.weight.dequantize().to(grad.dtype)
+        return _grouped_linear(grad, weight.transpose(1, 2), offsets), None, None
 
 
 def per_group_forward(

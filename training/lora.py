@@ -1,0 +1,143 @@
+"""Low-rank adapters (LoRA, https://huggingface.co/papers/2106.09685) on attention and on experts of every width."""
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Literal
+
+from peft import LoraConfig
+
+from mohge import MoHGEConfig
+
+
+_ATTENTION = r"self_attn\.[^.]*_proj[^.]*"
+_FEED_FORWARD = r"mlp\.(shared_expert\.)?(gate|up|down)_proj"
+
+
+def group_ranks(config: MoHGEConfig, rank: int) -> list[list[int]]:
+    """
+    Ranks proportional to width, at the parameter budget of one rank for all groups.
+
+    An expert of width W has `rank * (2 H + 3 W)` adapter parameters, on its `gate_up_proj` and its `down_proj`. Group
+    g gets rank `c W_g`, rounded to the nearest integer (halves up) and at least 1. `c` is one number for the whole
+    model, the largest with which all adapters together have no more parameters than at rank `rank` in every group.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the model.
+        rank (`int`): Rank that all groups would have.
+
+    Returns:
+        `list[list[int]]`: rank of each group, for each layer that has experts.
+    """
+    layers = config.sparse_layers
+    costs: dict[int, int] = {}  # adapter parameters of all experts of a width, for each unit of rank
+    for layer in layers:
+        for width, count in zip(layer.moe_intermediate_sizes, layer.expert_counts, strict=True):
+            costs[width] = costs.get(width, 0) + count * (2 * config.hidden_size + 3 * width)
+    budget = rank * sum(costs.values())
+
+    def parameters(c: Fraction) -> int:
+        return sum(cost * _rounded(c * width) for width, cost in costs.items())
+
+    # The rank of a width changes only where c * width passes a half, and stays below what takes the whole budget.
+    steps = sorted(
+        Fraction(2 * r - 1, 2 * width) for width, cost in costs.items() for r in range(1, budget // cost + 1)
+    )
+    within = bisect_right(steps, budget, key=parameters)
+    return [[_rounded(steps[within - 1] * width) for width in layer.moe_intermediate_sizes] for layer in layers]
+
+
+def _rounded(value: Fraction) -> int:
+    return max(1, int(value + Fraction(1, 2)))
+
+
+@contextmanager
+def known_patterns() -> Iterator[None]:
+    """Silences peft's warning that ranks match nothing: it looks among modules, and these are of parameters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match")
+        yield
+
+
+def lora_config(
+    config: MoHGEConfig,
+    rank: int = 16,
+    targets: Literal["attention", "experts", "all"] = "all",
+    alpha: float | None = None,
+    **kwargs,
+) -> LoraConfig:
+    """
+    Configuration of adapters, for [`~peft.get_peft_model`].
+
+    Adapters on experts are one pair of factors for each expert, on the group tensors `gate_up_proj_{g}` and
+    `down_proj_{g}` (`target_parameters` of peft), of the ranks of [`group_ranks`]. The router has none: it would move
+    tokens between experts whose adapters are not trained for them.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the model.
+        rank (`int`, *optional*, defaults to 16):
+            Rank on attention and dense feed-forwards, and on experts the rank whose budget is shared out.
+        targets (`str`, *optional*, defaults to `"all"`):
+            `"attention"`, `"experts"` (the routed ones), or `"all"`: both, with the shared expert and dense layers.
+        alpha (`float`, *optional*, defaults to `2 * rank`):
+            Scale of the adapters in units of the rank: every adapter is multiplied by `alpha / rank`, whatever its own
+            rank.
+        kwargs: Other fields of `LoraConfig`.
+
+    Raises:
+        ValueError: if an argument is out of range, or adapters on experts are asked for what peft cannot do there.
+
+    ```python
+    >>> from peft import get_peft_model
+
+    >>> model = get_peft_model(model, lora_config(model.config, rank=8, targets="experts"))
+    ```
+    """
+    if rank < 1:
+        raise ValueError(f"`lora_rank` is {rank}: it must be at least 1")
+    alpha = 2 * rank if alpha is None else alpha
+    if not alpha > 0:
+        raise ValueError(f"`lora_alpha` is {alpha}: it must be above 0")
+    modules = {"attention": _ATTENTION, "experts": None, "all": f"({_ATTENTION}|{_FEED_FORWARD})"}
+    if targets not in modules:
+        raise ValueError(f'`lora_targets` is "{targets}": use one of {", ".join(modules)}')
+    values = {"r": rank, "lora_alpha": alpha, "task_type": "CAUSAL_LM", **kwargs}
+    if modules[targets] is not None:
+        values["target_modules"] = rf".*\.{modules[targets]}"
+    if targets != "attention":
+        for name in ("lora_dropout", "use_dora"):
+            if values.get(name):
+                raise ValueError(
+                    f"`{name}` works on no stack of experts: leave it out, or adapt the attention only (lora_targets)"
+                )
+        ranks = _ranks_by_parameter(config, rank)
+        values["target_parameters"] = list(ranks)
+        values["rank_pattern"] = ranks
+        values["alpha_pattern"] = {name: alpha * own / rank for name, own in ranks.items()}
+    return LoraConfig(**values)
+
+
+def _ranks_by_parameter(config: MoHGEConfig, rank: int) -> dict[str, int]:
+    """Rank of each stack of expert weights, by name."""
+    layers = group_ranks(config, rank)
+    if not layers:
+        raise ValueError('`mlp_only_layers` leaves no layer with experts: use lora_targets="attention"')
+    if not config.is_heterogeneous:
+        return dict(_stacks("mlp.experts", layers[0]))
+    indices = [index for index in range(config.num_hidden_layers) if index not in config.mlp_only_layers]
+    return {
+        name: own
+        for index, ranks in zip(indices, layers, strict=True)
+        for name, own in _stacks(f"model.layers.{index}.mlp.experts", ranks)
+    }
+
+
+def _stacks(prefix: str, ranks: list[int]) -> Iterator[tuple[str, int]]:
+    for group, rank in enumerate(ranks):
+        for projection in ("gate_up_proj", "down_proj"):
+            yield f"{prefix}.{projection}_{group}", rank
+
+
+__all__ = ["group_ranks", "known_patterns", "lora_config"]

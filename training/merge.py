@@ -1,0 +1,126 @@
+"""Merging an adapter into the weights of its base model, with a check that the result computes the same."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from transformers import AutoTokenizer
+
+from mohge import MoHGEConfig, MoHGEForCausalLM
+
+from .lora import known_patterns
+
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest relative error of the logits, by the dtype that the merged weights are rounded to."""
+
+_RECORDS = ("recipe.yaml", "trainer_state.json", "traffic.json")  # of the run, which the merged model is the result of
+_CHECK_SHAPE = (8, 64)
+
+
+@dataclass
+class MergeCheck:
+    """
+    How far a merged model is from base and adapter. Both are relative errors of the logits, the median over tokens.
+
+    Args:
+        error (`float`): Between the merged model, reloaded, and base and adapter.
+        effect (`float`): Between the base alone, and base and adapter.
+        dtype (`torch.dtype`): What the merged weights are rounded to.
+    """
+
+    error: float
+    effect: float
+    dtype: torch.dtype
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance of the dtype, and at most half the adapter's effect: what rounds
+        the adapter away has not merged it."""
+        return self.error <= min(TOLERANCES[self.dtype], max(self.effect / 2, 1e-5))
+
+
+def is_quantized(config: MoHGEConfig) -> bool:
+    """Whether the model of this config is saved quantised."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def check_merge(base: MoHGEConfig, base_name: str, target: str | Path):
+    """
+    Check that adapters on the base model can be merged into it, and the result written to `target`.
+
+    Raises:
+        ValueError: if the base model is saved quantised.
+        OSError: if `target` exists.
+    """
+    if Path(target).exists():
+        raise FileExistsError(f"`merge`: {target} exists: name another folder, or remove it first")
+    if is_quantized(base):
+        raise ValueError(
+            f"`merge`: {base_name} is saved quantised, and cannot take an adapter in: train on the model that it was "
+            "made of, with `quantize`"
+        )
+
+
+def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | None = None) -> MergeCheck:
+    """
+    Merge the adapter in the folder `adapter` into its base model, and write the plain model, with tokenizer and the
+    records of the run, to `target`. That is created only if the check passes.
+
+    The merge is done in float32 and rounded once. The check compares logits in float32 on random tokens, which no
+    training has seen and which spread over many experts, with the merged weights read back from disk.
+
+    Args:
+        adapter (`str` or `Path`): Folder of an adapter.
+        target (`str` or `Path`): Folder to create.
+        dtype (`torch.dtype`, *optional*): Of the merged weights; by default that of the base model's.
+
+    Raises:
+        ValueError: if there is no adapter, or its base model is saved quantised.
+        OSError: if `target` exists, or the base model cannot be read.
+    """
+    adapter, target = Path(adapter), Path(target)
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{adapter} has no {ADAPTER_CONFIG}: give the folder of an adapter to merge")
+    base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config = MoHGEConfig.from_pretrained(base_name)
+    check_merge(config, base_name, target)
+    base = MoHGEForCausalLM.from_pretrained(base_name, dtype=torch.float32).eval()
+    tokens = torch.randint(config.vocab_size, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
+    before = _logits(base, tokens)
+    with known_patterns():
+        adapted = PeftModel.from_pretrained(base, adapter).eval()
+    wanted = _logits(adapted, tokens)
+    dtype = dtype or config.dtype or torch.float32
+    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mohge-merge-", dir=target.parent) as temporary:
+        folder = Path(temporary) / "merged"
+        merged.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
+        for name in _RECORDS:
+            if (adapter / name).is_file():
+                shutil.copy(adapter / name, folder)
+        del base, adapted, merged
+        reloaded = MoHGEForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        check = MergeCheck(_error(_logits(reloaded, tokens), wanted), _error(before, wanted), dtype)
+        if check.passed:
+            folder.rename(target)
+    return check
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens.to(model.device)).logits.double().cpu()
+
+
+def _error(logits: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(((logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
+
+
+__all__ = ["TOLERANCES", "MergeCheck", "merge_adapter"]
