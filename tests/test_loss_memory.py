@@ -1,5 +1,8 @@
 """Router losses work with counts: nothing they make is as large as tokens x chosen experts x experts."""
 
+import argparse
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.losses_mohge import router_losses
+from mohge.training.benchmark import peak_memory
 
 
 class LargestTensor(TorchDispatchMode):
@@ -51,3 +55,16 @@ def test_largest_tensor_of_the_losses(router, per_sequence):
         losses.aux_loss.backward()
     assert len(losses.values) == sum(value > 0 for value in coefficients.values())
     assert tokens <= largest.elements <= tokens * config.num_experts
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is Linux's")
+def test_router_losses_and_logits_take_no_memory_to_speak_of():
+    sizes = {"hidden_size": 128, "layers": 2, "widths": "48,64,80,96", "experts_per_group": 4, "top_k": 4}
+    where = {"device": "cpu", "dtype": "float32", "threads": 1}
+    options = argparse.Namespace(**sizes, **where, memory_tokens=8192)
+    without, with_outputs = (
+        min(peak_memory("MoHGE two_level", options, router_outputs) for _ in range(2))
+        for router_outputs in (False, True)
+    )
+    assert without > 8192 * 4096 * 4  # the logits over the vocabulary at least
+    assert with_outputs < 1.02 * without

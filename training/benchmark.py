@@ -8,6 +8,7 @@ checked before anything is timed, the contestants alternate, and medians are pri
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import time
@@ -19,6 +20,7 @@ import transformers
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.modeling_mohge import MoHGESparseMoeBlock
 
 
@@ -33,10 +35,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a training step, in sequences of 256")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded per measurement, batch size 1")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--memory-tokens", type=int, default=8192, help="tokens of the step whose memory is measured")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write all quantiles to")
     options = parser.parse_args()
+    options.threads = torch.get_num_threads()
 
     torch.manual_seed(0)
     models = _models(options)
@@ -48,8 +52,67 @@ def main() -> None:
         "layer, forward + backward": _measure(_layer_parts(models, options, backward=True), options),
     }
     _print(measurements, options)
+    memory = _memory(options)
     if options.json:
-        options.json.write_text(json.dumps(_record(measurements, options), indent=2) + "\n", encoding="utf-8")
+        record = {**_record(measurements, options), "peak_bytes": memory}
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def peak_memory(name: str, options: argparse.Namespace, router_outputs: bool) -> int:
+    """
+    Most bytes that one training step of the contestant `name` over `options.memory_tokens` tokens takes beside the
+    model and its gradients, with router losses and router logits or with neither. In a process of its own, since on
+    CPU it is the process's memory.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (name, options, router_outputs))
+
+
+def _peak_memory(name: str, options: argparse.Namespace, router_outputs: bool) -> int:
+    torch.set_num_threads(options.threads)
+    model = _models(options)[name].train()
+    if not router_outputs:
+        for field in ROUTER_COEFFICIENTS.values():
+            setattr(model.config, field, 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = _batch(options, options.memory_tokens)
+
+    def step(batch: torch.Tensor):
+        model(batch, labels=batch, output_router_logits=router_outputs).loss.backward()
+
+    step(batch[:1])  # what is made once
+    if options.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(batch)
+        return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is held now
+    before = _status_bytes(status, "VmRSS")
+    step(batch)
+    return _status_bytes(status, "VmHWM") - before
+
+
+def _status_bytes(file: Path, field: str) -> int:
+    (line,) = [line for line in file.read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
+
+
+def _memory(options) -> dict[str, list[int]]:
+    """Peak bytes of a training step of MoHGE, without and with router losses and logits, three times in turn."""
+    peaks = {"without": [], "with": []}
+    for _ in range(3):
+        for which, values in peaks.items():
+            values.append(peak_memory("MoHGE two_level", options, which == "with"))
+    olmoe = peak_memory("OLMoE", options, True)
+    without, with_logits = (statistics.median(values) for values in peaks.values())
+    print(
+        f"\npeak memory of a step of {options.memory_tokens} tokens beside weights and gradients: OLMoE "
+        f"{olmoe / 2**20:.0f} MiB with router losses and logits, two_level {without / 2**20:.0f} MiB without and "
+        f"{with_logits / 2**20:.0f} MiB with them ({with_logits / without - 1:+.2%})"
+    )
+    return {"OLMoE": [olmoe], **{f"two_level {which} router outputs": values for which, values in peaks.items()}}
 
 
 def _models(options) -> dict[str, torch.nn.Module]:
@@ -89,8 +152,9 @@ def _models(options) -> dict[str, torch.nn.Module]:
     return {name: m.to(options.device, getattr(torch, options.dtype)) for name, m in built.items()}
 
 
-def _batch(options) -> torch.Tensor:
-    return torch.randint(0, 4096, (max(1, options.tokens // 256), min(256, options.tokens)), device=options.device)
+def _batch(options, tokens: int | None = None) -> torch.Tensor:
+    tokens = tokens or options.tokens
+    return torch.randint(0, 4096, (max(1, tokens // 256), min(256, tokens)), device=options.device)
 
 
 def _check(models: dict[str, torch.nn.Module], options) -> None:
