@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from mohge.model_cards.card import make_card
 from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .architectures import Architecture, LayerWeights, MoHGE
@@ -22,7 +23,7 @@ from .calibration import Tokens, random_tokens, read_tokens
 from .checkpoint import SIDE_FILES
 from .modes import Converted, Layer
 from .plan import Plan
-from .receipt import LogitComparison, make_report, model_card
+from .receipt import LogitComparison, make_report
 from .staging import Staging, write_file
 from .window import Stream, layer_window
 
@@ -303,7 +304,8 @@ class _Conversion:
                 shutil.copyfile(file, copied)
         write_file(folder / "conversion_recipe.yaml", plan.mode.resolved(plan.revision).to_yaml())
         write_file(folder / "conversion_report.json", json.dumps(report, indent=2) + "\n")
-        write_file(folder / "README.md", model_card(report))
+        config = plan.target.config if isinstance(plan.target, MoHGE) else None
+        write_file(folder / "README.md", str(make_card(folder, Path(plan.recipe.output).name, config)))
         if isinstance(plan.target, MoHGE):
             save_code(folder)
         self.staging.finish(self._write_config)

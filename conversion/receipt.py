@@ -1,10 +1,9 @@
-"""What a conversion kept: measured against the source, as JSON, as a table and as a model card."""
+"""What a conversion kept: measured against the source, as JSON and as a table."""
 
 import math
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData
 
 from .calibration import Tokens
 from .plan import Plan
@@ -124,26 +123,4 @@ def summary(report: dict) -> str:
             *(f"{name:<{width}}  {value}" for name, value in facts.items()),
             *(f"CHECK FAILED: {failure}" for failure in report["failures"]),
         ]
-    )
-
-
-def model_card(report: dict) -> str:
-    """A model card that says where the weights come from and what was kept of them."""
-    source = report["source"]
-    data = ModelCardData(
-        library_name="transformers",
-        tags=["mixture-of-experts", "mohge"],
-        pipeline_tag="text-generation",
-        base_model=source["path"] if source["revision"] else None,
-    )
-    revision = f" at revision `{source['revision']}`" if source["revision"] else ""
-    name = source["path"] if source["revision"] else source["path"].rstrip("/").rpartition("/")[2]
-    return str(
-        ModelCard(
-            f"---\n{data.to_yaml()}\n---\n\n"
-            f"# {name}, converted by `mohge convert --mode {report['mode']}`\n\n"
-            f"Made from `{name}` ({source['model_type']}){revision}; `conversion_recipe.yaml` repeats it, "
-            "`conversion_report.json` has every figure.\n\n"
-            f"```text\n{summary(report)}\n```\n"
-        )
     )

@@ -235,6 +235,10 @@ class MoHGEExperts(nn.Module):
         """Draw the weights from a normal distribution and fill the table."""
         for parameter in self.parameters():
             init.normal_(parameter, mean=0.0, std=std)
+        self.fill_table()
+
+    def fill_table(self):
+        """Fill the table of sort keys, which no checkpoint holds."""
         init.copy_(self.key_of_expert, self._key_table())
 
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -393,6 +397,13 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
         return super().get_correct_experts_implementation(requested_experts or "mohge")
+
+    def initialize_weights(self):
+        """See `PreTrainedModel.initialize_weights`, which passes over modules whose weights are quantised already."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, MoHGEExperts):
+                module.fill_table()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -582,6 +593,15 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
         self._progress_is_known = True
         for router in self.model.routers:
             router.step_begins = True
+
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """See `PushToHubMixin.push_to_hub`, whose arguments it takes. With the package mohge, whatever is pushed is
+        first loaded where mohge is missing and has to compute what this model computes, and it has a model card."""
+        try:
+            from mohge.model_cards.push import push_model
+        except ImportError:  # this file also travels with checkpoints
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_model(self, repo_id, **kwargs)
 
     def generate_batch(self, *args, **kwargs):
         """See `ContinuousMixin.generate_batch`."""

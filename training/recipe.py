@@ -20,8 +20,10 @@ from .trainer import MoHGETrainer
 RECIPE_NAME = "recipe.yaml"
 """File of a run's folder that holds its arguments, those that differ from their defaults."""
 
+_NOT_RECORDED = {"resume_from_checkpoint", "hub_token"}
+_PATHS = {"model", "tokenizer", "datasets", "eval_datasets", "chat_template"}
 _MAY_DIFFER = {
-    *("output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "trackio_space_id"),
+    *("output_dir", "report_to", "run_name", "project", "trackio_space_id"),
     *("disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "num_proc", "dataloader_num_workers"),
 }
 """Arguments of which a run that goes on may have others: what it computes does not depend on them."""
@@ -144,14 +146,22 @@ def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    """As YAML has it: mappings that a command line gives as text are mappings there."""
+    """As YAML has it: with mappings that a command line gives as text, and paths that hold wherever it is read."""
 
     def plain(value):
         if isinstance(value, list):
             return [plain(entry) for entry in value]
         return yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
-    kept = {name: plain(value) for name, value in given.items() if name != "resume_from_checkpoint"}
+    def absolute(value):
+        if isinstance(value, list):
+            return [absolute(entry) for entry in value]
+        if isinstance(value, dict):
+            return {**value, "path": absolute(value["path"])}
+        return str(Path(value).resolve()) if Path(value).exists() else value
+
+    kept = {name: plain(value) for name, value in given.items() if name not in _NOT_RECORDED}
+    kept |= {name: absolute(kept[name]) for name in _PATHS & kept.keys()}
     return json.loads(json.dumps(kept, default=str))  # enumerations become their text
 
 

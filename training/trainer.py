@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -197,6 +198,29 @@ class MoHGETrainer(Trainer):
                 self._push_from_checkpoint(final)
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """See `Trainer.push_to_hub`. A whole model goes there as by `mohge push`: loaded where mohge is missing first,
+        with its card, in one commit. That always blocks."""
+        if not isinstance(self.model, MoHGEForCausalLM):
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        from mohge.model_cards.push import push_folder
+
+        self.save_model(_internal_call=True)
+        self.save_state()
+        if not self.is_world_process_zero():
+            return None
+        return push_folder(
+            self.args.output_dir,
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            tags=kwargs.get("tags"),
+        )
 
     def _push_from_checkpoint(self, checkpoint_folder):
         if self._staging is None:  # not before the checkpoint is complete

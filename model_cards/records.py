@@ -1,0 +1,74 @@
+"""What a folder records of its model, without the places of the machine that made it."""
+
+import json
+import re
+from pathlib import Path, PurePath
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+RECORDS = ("recipe.yaml", "conversion_recipe.yaml", "conversion_report.json", "evaluation.json")
+"""Files that say how a model was made and what was measured of it."""
+
+_SECRETS = ("hub_token",)
+_FOLDERS = ("output", "output_dir", "logging_dir")
+_DATA = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".yaml")
+_ABSOLUTE = re.compile(r"/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\")
+
+
+def is_hub_id(text: str | None) -> bool:
+    """Whether `text` has the form `namespace/name` of the Hub, and is nothing on this machine."""
+    if not text or text.count("/") != 1 or text.endswith(_DATA) or Path(text).exists():
+        return False
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def read_record(folder: Path, name: str) -> dict:
+    """
+    Read a record. Of the paths in it only the last parts are left, and no token.
+
+    Returns:
+        `dict`: Its content, empty if there is no such file.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    file = folder / name
+    if not file.exists():
+        return {}
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it is no mapping")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): mend or remove it") from error
+    return _portable(content)
+
+
+def write_record(file: Path, content: dict):
+    """Write what [`read_record`] read."""
+    is_yaml = file.suffix == ".yaml"
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True) if is_yaml else json.dumps(content, indent=2)
+    file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def _portable(value):
+    if isinstance(value, dict):
+        kept = {key: _portable(entry) for key, entry in value.items() if key not in _SECRETS}
+        return kept | {key: PurePath(kept[key]).name for key in _FOLDERS if isinstance(kept.get(key), str)}
+    if isinstance(value, list):
+        return [_portable(entry) for entry in value]
+    return PurePath(value).name if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    if _ABSOLUTE.match(text):
+        return True
+    return "/" in text and not is_hub_id(text) and "://" not in text and len(text.split()) == 1

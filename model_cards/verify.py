@@ -1,0 +1,102 @@
+"""The check before a push: does the folder, with its own code alone, compute what the model computes here?"""
+
+import copy
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from mohge import MoHGEForCausalLM
+
+from .card import PROMPT, has_tokenizer
+from .reload import __file__ as RELOAD
+
+
+TOLERANCE = 1e-4
+"""Largest relative error of a token's logits, in float32 whatever the dtype of the weights: half precision rounds so
+much that the same weights may send a token to other experts."""
+
+
+class ReloadError(RuntimeError):
+    """A folder does not compute what its original computes."""
+
+
+def verify(folder: Path, original: Path | PreTrainedModel):
+    """
+    Load `folder` with `trust_remote_code=True` in a process where mohge is missing, offline, and compare its logits in
+    float32 with those of `original`, on tokens drawn with a seed and, if there is a tokenizer, on the card's prompt.
+
+    Args:
+        folder (`Path`): Folder to check, with the model's code.
+        original (`Path` or `PreTrainedModel`):
+            Folder to load in this process with the installed mohge, or the model itself.
+
+    Raises:
+        ReloadError: if `folder` does not load, or its logits differ or are not finite.
+        ValueError: if `original` does not load.
+    """
+    model = _load(original) if isinstance(original, Path) else copy.deepcopy(original).float()
+    length = min(32, model.config.max_position_embeddings)
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    inputs = {"tokens": ids}
+    if has_tokenizer(folder):
+        encoded = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"].long()
+        if encoded.numel():
+            inputs["prompt"] = encoded
+    expected = _logits(model, inputs)
+    del model  # before another one is loaded
+    actual = _reload(folder, inputs)
+    for name, logits in expected.items():
+        _compare(logits, actual[name])
+
+
+def _load(folder: Path) -> MoHGEForCausalLM:
+    try:
+        model, found = MoHGEForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} does not load ({error}): save the model again") from error
+    if found["missing_keys"]:
+        raise ValueError(f"{folder} lacks the weight {sorted(found['missing_keys'])[0]}: save the model again")
+    return model
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.eval().set_experts_implementation("grouped_mm")  # what the copied code runs without kernels
+    try:
+        return {name: model(ids).logits for name, ids in inputs.items()}
+    except IndexError as error:
+        raise ValueError(f"the tokenizer has tokens above `vocab_size` {model.config.vocab_size}: {error}") from error
+
+
+def _reload(folder: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with tempfile.TemporaryDirectory() as scratch:
+        given, computed = (str(Path(scratch, name)) for name in ("inputs.safetensors", "outputs.safetensors"))
+        save_file(inputs, given)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": scratch}
+        environment = {name: value for name, value in environment.items() if "TOKEN" not in name.split("_")}
+        command = [sys.executable, "-I", RELOAD, str(folder), given, computed, PROMPT]
+        result = subprocess.run(
+            command, env=environment, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if result.returncode:
+            reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
+            raise ReloadError(f"the folder does not load where mohge is missing: {reason}")
+        return load_file(computed)
+
+
+def _compare(expected: torch.Tensor, actual: torch.Tensor):
+    if not (expected.isfinite().all() and actual.isfinite().all()):
+        raise ReloadError("the model computes logits that are not finite")
+    error = ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    if not error <= TOLERANCE:
+        raise ReloadError(
+            f"loaded where mohge is missing, the folder computes other logits: relative error {error:.2g}, of which "
+            f"rounding explains {TOLERANCE:g}"
+        )

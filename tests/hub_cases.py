@@ -1,0 +1,111 @@
+"""Processes that talk to the Hub of `hub_server`, and the folders that they push."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from hub_server import TOKEN, HubServer
+from model_cases import make_model
+from test_remote_code import WITHOUT_PACKAGE
+
+from mohge.training.corpus import train_tokenizer
+
+
+VOCABULARY = 300
+TEXT = ["Once upon a time there was a tokenizer, and it was small.\n"] * 20
+
+_WORKER = """
+import contextlib, io, json, sys, traceback
+import torch
+from mohge.cli import main
+
+torch.set_num_threads(1)
+answers, sys.stdout = sys.stdout, sys.stderr
+for line in sys.stdin:
+    task, printed, errors, status = json.loads(line), io.StringIO(), io.StringIO(), None
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        try:
+            status = main(task) if isinstance(task, list) else exec(task, {})
+        except BaseException:
+            traceback.print_exc()
+            status = -1
+    answers.write(json.dumps([status, printed.getvalue(), errors.getvalue()]) + "\\n")
+    answers.flush()
+"""
+
+
+class Result(NamedTuple):
+    status: int | None
+    out: str
+    err: str
+
+    @property
+    def line(self) -> str:
+        """The one line that the command itself has on stderr."""
+        lines = [line for line in self.err.splitlines() if line.startswith("mohge push: ")]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+def hub_environment(hub: HubServer, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    return environment | own | ({"HF_TOKEN": token} if token else {})
+
+
+class Shell:
+    """A process in which commands run one after the other, so that they import torch once, and the Hub they see."""
+
+    def __init__(self, hub: HubServer, home: Path, token: str | None = TOKEN):
+        self.hub = hub
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER],
+            env=hub_environment(hub, home, token),
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, task: list | str) -> Result:
+        """Run the arguments of a `mohge` command, or Python code."""
+        task = task if isinstance(task, str) else [str(argument) for argument in task]
+        print(json.dumps(task), file=self.process.stdin, flush=True)
+        return Result(*json.loads(self.process.stdout.readline()))
+
+    def push(self, *arguments) -> Result:
+        return self.run(["push", *arguments])
+
+    def __enter__(self) -> "Shell":
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def run_without_package(hub: HubServer, home: Path, code: str) -> str:
+    """What `code` prints in a process of its own where mohge is missing and the Hub is `hub`."""
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_PACKAGE + code],
+        env=hub_environment(hub, home),
+        cwd=home,
+        stdin=subprocess.DEVNULL,  # nobody to ask whether the code may be trusted
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def save_model(folder: Path, tokenizer: bool = True, max_shard_size: str = "50GB", dtype=None, **kwargs) -> Path:
+    model = make_model(vocab_size=VOCABULARY, **kwargs)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer:
+        train_tokenizer(TEXT, VOCABULARY).save_pretrained(folder)
+    return folder
