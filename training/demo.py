@@ -21,7 +21,8 @@ from transformers import (
 from mohge import MoHGEConfig, MoHGEForCausalLM
 
 from .corpus import standard_library_texts, token_blocks, train_tokenizer
-from .report import evaluate_routing, format_router_table, write_report
+from .report import evaluate_routing, format_router_table
+from .report.page import Report, render, write_page
 from .trainer import MoHGETrainer
 
 
@@ -102,6 +103,7 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
         print("CHECK FAILED: training did not lower the perplexity")
 
     trainer.save_model(folder)
+    trainer.save_state()  # which `mohge report` reads
     tokenizer.save_pretrained(folder)
     model.eval()
     reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -115,20 +117,25 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
 
     text = _continue(reloaded, AutoTokenizer.from_pretrained(folder))
     print(f"\n{text}\n")
-    routing = evaluate_routing(reloaded, held_out_set.with_format("torch")["input_ids"][:32])
+    blocks = held_out_set.with_format("torch")["input_ids"][:32]
+    routing = evaluate_routing(reloaded, ({"input_ids": batch} for batch in blocks.split(BATCH)))
     print(format_router_table(routing.statistics))
     activated, total = routing.statistics.activated_parameters(), model.num_parameters()
     print(f"activated parameters per token: {activated:,.0f} of {total:,}")
-    facts = {
-        "router": router,
-        "training": f"{steps} steps of {BATCH * BLOCK} tokens",
-        "held-out perplexity before training": f"{before:,.1f}",
-        "held-out perplexity": f"{after:,.2f}",
-        "parameters": f"{total:,}",
-        "activated per token": f"{activated:,.0f}",
-        "logits after reload": "identical" if identical else "different",
-    }
-    write_report(folder, trainer.state.log_history, routing, facts, text)
+    report = Report(
+        f"mohge demo, {router}",
+        model.config,
+        trainer.state.log_history,
+        evaluation=routing,
+        tokenizer=tokenizer,
+        text=f"Python's standard library, {blocks.numel():,} held-out tokens",
+        facts={
+            "held-out perplexity": f"{before:,.1f} before training, {after:,.2f} after",
+            "logits after reload": "identical" if identical else "different",
+        },
+        sample=text,
+    )
+    write_page(render(report), folder / "report.html")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return identical and after < before
 

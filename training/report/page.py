@@ -1,0 +1,49 @@
+"""The page of `mohge report` as a file."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jinja2
+
+from .drawing import as_data_uri
+from .layout import as_text
+from .sections import sections
+from .subject import Report
+
+
+GENERATOR = "mohge report"
+"""How a page says what wrote it."""
+
+
+def render(report: Report) -> str:
+    """The page as HTML. It needs nothing else: no network, no script."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cell": as_text, "image": as_data_uri}
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    folder = Path(report.source)
+    return template.render(
+        generator=GENERATOR,
+        name=folder.resolve().name if folder.is_dir() else report.source,
+        report=report,
+        sections=sections(report),
+    )
+
+
+def is_page(path: Path) -> bool:
+    """Whether the file is a page of ours, which may be replaced."""
+    return path.is_file() and f'name="generator" content="{GENERATOR}"'.encode() in path.read_bytes()
+
+
+def write_page(page: str, path: Path):
+    """Write a page to `path`, which holds the old or the new content at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mohge-report-", dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        written.write_text(page, encoding="utf-8")
+        os.replace(written, path)
+
+
+__all__ = ["Report", "is_page", "render", "write_page"]
