@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from model_cases import LOSSES, make_config
+from transformers import TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from mohge import MoHGEForCausalLM, parallel_mohge
+from mohge import MoHGEConfig, MoHGEForCausalLM, parallel_mohge
 from mohge.training import MoHGETrainer
 
 
@@ -146,6 +147,14 @@ class Runs:
         )
         config.save_pretrained(self.folder / name)
         return self.folder / name
+
+    def initial(self, config: str) -> Path:
+        """Folder of the model that runs of this config start from."""
+        folder = self.folder / f"{config}_initial"
+        if not folder.exists():
+            set_seed(TrainingArguments("unused").seed)
+            MoHGEForCausalLM(MoHGEConfig.from_pretrained(self.folder / config)).save_pretrained(folder)
+        return folder
 
     def arguments(self, output: Path, config: str, layout: str, **more) -> list[str]:
         """Of pretraining. The steps are the same in all layouts."""

@@ -109,7 +109,7 @@ def logits(model_folder: Path) -> torch.Tensor:
 def test_saved_model_is_that_of_one_process(config, layout, name, runs):
     one_process = runs(config, "one process")
     expected = logits(one_process / name)
-    assert (expected - logits(one_process / "initial")).abs().max() > 0.1
+    assert (expected - logits(runs.initial(config))).abs().max() > 0.1
     torch.testing.assert_close(logits(runs(config, layout) / name), expected, rtol=0, atol=1e-3)
 
 
@@ -118,7 +118,7 @@ def test_saved_model_is_that_of_one_process(config, layout, name, runs):
 def test_final_model_is_the_last_checkpoint_bit_by_bit(config, layout, runs):
     run = runs(config, layout)
     last, final = (load_file(path / "model.safetensors") for path in (run / f"checkpoint-{STEPS}", run))
-    assert last.keys() == final.keys() >= load_file(run / "initial" / "model.safetensors").keys()
+    assert last.keys() == final.keys() >= load_file(runs.initial(config) / "model.safetensors").keys()
     assert all(torch.equal(last[name], final[name]) for name in final)
 
 
@@ -239,7 +239,7 @@ def check_refusal(expected: str, runs: Runs, config: str, layout: str, **more):
 
 @pytest.mark.parametrize("differing", ["versions", "models", "layouts that fit"])
 def test_ranks_that_differ_all_say_so(differing, runs):
-    models = [runs(config, "fsdp 2, ep 2") / "initial" for config in CONFIGS]
+    models = [runs.initial(config) for config in CONFIGS]
     if differing == "versions":
         ranks = Ranks(2, runs.folder / differing, load_with_other_version, models[0])
         name, first, second = "transformers", transformers.__version__, "4.0.0"
@@ -277,4 +277,3 @@ def test_trained_model_keeps_its_tokenizer(runs):
     values = runs.arguments(output, "two_level", "one process", model=source, datasets=runs.folder / "other.txt")
     Ranks(1, output / "logs", pretrain, *values).succeed()
     assert (output / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-    assert not (output / "initial").exists()

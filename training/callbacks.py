@@ -76,6 +76,7 @@ class StopSignalCallback(TrainerCallback):
         self._handler_before = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.stopped = self._received = False
         if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
             self._handler_before = signal.signal(signal.SIGTERM, self._receive)
 

@@ -1,5 +1,6 @@
 """Text to train and evaluate on: any source of `datasets`, as sequences of one length with documents kept apart."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +19,7 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import STANDARD_LIBRARY, standard_library_texts
@@ -27,7 +29,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 """Ending of a data file -> the builder of `datasets` that reads it. Text files, `.txt`, are read here."""
 
 _PIECE = 2**20  # characters
-_INTEGERS = List(Value("int32"))
+_BEGINS, _ENDS = "mohge_begins", "mohge_ends"  # columns: whether a document begins with the row, or ends with it
+_BLOCK = Features({name: List(Value("int32")) for name in ("input_ids", "position_ids")})
 
 
 @dataclass
@@ -77,15 +80,13 @@ def parse_sources(entries: list[str], argument: str) -> list[TextSource]:
             raise ValueError(f"`{argument}` has an entry with the unknown key `{unknown[0]}`: use {', '.join(known)}")
         if not values.get("path"):
             raise ValueError(f"`{argument}` has an entry without `path`: name a Hub id, a folder or a file")
-        source = TextSource(**values)
-        for name in known:
-            value = getattr(source, name)
+        for name, value in values.items():
             if name == "weight":
-                if value is not None and not (isinstance(value, int | float) and value > 0):
-                    raise ValueError(f"`{argument}`: `weight` of {source.path} is {value}: give a positive number")
-            elif not isinstance(value, str | None):
-                raise ValueError(f"`{argument}`: `{name}` of {source.path} is {value!r}: give text, in quotes")
-        sources.append(source)
+                if type(value) not in (int, float) or not 0 < value < math.inf:
+                    raise ValueError(f"`{argument}`: `weight` of {values['path']} is {value}: give a positive number")
+            elif not isinstance(value, str) or not value:
+                raise ValueError(f"`{argument}`: `{name}` of {values['path']} is {value!r}: give text, in quotes")
+        sources.append(TextSource(**values))
     weighted = [source for source in sources if source.weight is not None]
     if weighted and len(weighted) < len(sources):
         raise ValueError(f"`{argument}` has entries with and without `weight`: give one to each, or to none")
@@ -94,25 +95,26 @@ def parse_sources(entries: list[str], argument: str) -> list[TextSource]:
 
 def read_rows(source: TextSource, streaming: bool = False) -> Dataset | IterableDataset:
     """
-    The rows of a source with all their columns; of text files, a row is a document or a piece of one, in the column
-    `source.column`, and `continues` says that the document goes on in the next row.
+    The rows of a source with all their columns. Of text files, a row is a piece of a document, in the column
+    `source.column`; `mohge_begins` and `mohge_ends` say whether it is the first and the last one.
 
     Raises:
         ValueError: if it cannot be read, or has no rows.
     """
     try:
         rows = _rows(source, streaming)
-        empty = next(iter(rows), None) is None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{source.path} cannot be read as text ({' '.join(str(error).split())})") from error
-    if empty:
-        raise ValueError(f"{source.path} has no rows in its split `{source.split}`: give text")
+        next(iter(rows))
+    except StopIteration as error:
+        raise ValueError(f"{source.path} has no rows in its split `{source.split}`: give text") from error
+    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{source.path} cannot be read as text ({reason})") from error
     return rows
 
 
 def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
     path = Path(source.path)
-    files = [path] if path.suffix == ".txt" and path.is_file() else sorted(path.glob("*.txt"))
+    files = [path] if path.suffix == ".txt" and path.is_file() else sorted(path.rglob("*.txt"))
     if source.path == STANDARD_LIBRARY:
         splits = ("train", "validation")
         generator, state = _standard_library_rows, {"python": sys.version}
@@ -124,6 +126,8 @@ def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
         if path.suffix not in FORMATS:
             raise ValueError(f"its ending is {path.suffix or 'missing'}, not one of .txt, {', '.join(FORMATS)}")
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split, streaming=streaming)
+    elif path.suffix in (".txt", *FORMATS):
+        raise FileNotFoundError("there is no such file")  # the Hub has no data set of this name, and takes time
     else:
         return load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=streaming
@@ -137,26 +141,26 @@ def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
 
 def _standard_library_rows(column: str, split: str, python: str) -> Iterator[dict]:
     texts = standard_library_texts()[0 if split == "train" else 1]
-    yield from ({column: text, "continues": False} for text in texts)
+    yield from ({column: text, _BEGINS: True, _ENDS: True} for text in texts)
 
 
 def _text_file_rows(column: str, split: str, stamps: tuple[tuple[str, int, int]]) -> Iterator[dict]:
     """Each file in pieces of whole lines, about a million characters each."""
     for file, *_ in stamps:
         with open(file, encoding="utf-8") as opened:
-            piece = "".join(opened.readlines(_PIECE))
+            piece, begins = "".join(opened.readlines(_PIECE)), True
             while piece:
                 after = "".join(opened.readlines(_PIECE))
-                yield {column: piece, "continues": bool(after)}
-                piece = after
+                yield {column: piece, _BEGINS: begins, _ENDS: not after}
+                piece, begins = after, False
 
 
 def tokenized(
     source: TextSource, tokenizer: PreTrainedTokenizerBase | None, streaming: bool = False, num_proc: int | None = None
 ) -> Dataset | IterableDataset:
     """
-    A source as rows of tokens: `input_ids`, with the end-of-sequence token where a document ends, and `ends`, whether
-    one does. Unless streaming, they are cached on disk.
+    A source as rows of tokens: `input_ids`, with the end-of-sequence token where a document ends, and what else the
+    tokenizer puts in front where one begins; and `ends`, whether one does. Unless streaming, they are cached on disk.
 
     Raises:
         ValueError: if the source cannot be read, has neither text nor tokens, or has text and there is no tokenizer.
@@ -170,20 +174,35 @@ def tokenized(
         )
     if "input_ids" not in columns and tokenizer is None:
         raise ValueError(f"{source.path} has text, and the model has no tokenizer: name one as `tokenizer`")
-    options = {"fn_kwargs": {"tokenizer": tokenizer, "column": source.column}, "remove_columns": columns}
+    options = {"fn_kwargs": {"tokenizer": tokenizer, "source": source}, "remove_columns": columns}
     if not streaming:
         options |= {"num_proc": num_proc, "desc": f"tokenizing {source.path}"}
-    return rows.map(_tokenize, batched=True, **options)
+    # Pieces of text files are long, and a thousand of them, the usual batch, take gigabytes.
+    return rows.map(_tokenize, batched=True, batch_size=4 if _ENDS in columns else 1000, **options)
 
 
-def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase | None, column: str) -> dict[str, list]:
+def _tokenize(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase | None, source: TextSource
+) -> dict[str, list]:
     if "input_ids" in batch:
+        largest = math.inf if tokenizer is None else len(tokenizer) - 1
+        for row in batch["input_ids"]:
+            if not isinstance(row, list) or not all(type(token) is int and 0 <= token <= largest for token in row):
+                raise ValueError(
+                    f"{source.path} has rows whose `input_ids` are no tokens of the tokenizer: take the column out, "
+                    "or name the tokenizer that made it as `tokenizer`"
+                )
         return {"input_ids": batch["input_ids"], "ends": [True] * len(batch["input_ids"])}
-    texts = [text or "" for text in batch[column]]
-    rows = tokenizer(texts, verbose=False)["input_ids"]
-    ends = [not goes_on for goes_on in batch.get("continues", [False] * len(rows))]
-    if tokenizer.eos_token_id is not None:
-        rows = [row + [tokenizer.eos_token_id] * (end and bool(row)) for row, end in zip(rows, ends, strict=True)]
+    texts = batch[source.column]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise ValueError(f"{source.path} has no text in its column `{source.column}`: name another as `column`")
+    begins, ends = (batch.get(name, [True] * len(texts)) for name in (_BEGINS, _ENDS))
+    tokens = tokenizer([text or "" for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
+    first = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+    last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = [
+        first * begin + row + last * end if row else [] for row, begin, end in zip(tokens, begins, ends, strict=True)
+    ]
     return {"input_ids": rows, "ends": ends}
 
 
@@ -206,14 +225,15 @@ def packed_blocks(
     Args:
         sources (`list[TextSource]`):
             Sources. With weights, sequences are drawn from them in these proportions until each was used up at least
-            once, so that smaller ones repeat; without, all are used once (streaming: drawn in turn).
+            once, so that smaller ones repeat; without, all are used once (streaming: drawn with equal weights).
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Not needed where all sources have a column `input_ids`.
         sequence_length (`int`): Tokens of a sequence.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether rows are read as they are needed, instead of being tokenized and cached first.
         num_proc (`int`, *optional*): Processes that tokenize.
         seed (`int`, *optional*, defaults to 0): Seed of the mixture and of streams' shuffling.
-        shuffle_buffer (`int`, *optional*, defaults to 1): Rows of a stream among which the next one is drawn.
+        shuffle_buffer (`int`, *optional*, defaults to 1):
+            Sequences of a stream among which the next one is drawn; above 1, its files come in random order too.
         drop_last (`bool`, *optional*, defaults to `True`): Whether to leave out what is too short for a sequence.
 
     Returns:
@@ -222,20 +242,24 @@ def packed_blocks(
     Raises:
         ValueError: if a source cannot be read, or is shorter than a sequence.
     """
+    if sequence_length < 2:
+        raise ValueError(f"`sequence_length` is {sequence_length}: it must be at least 2, a token and one to predict")
     blocks = []
     for source in sources:
         tokens = tokenized(source, tokenizer, streaming, num_proc)
-        if streaming:
-            tokens = tokens.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        if streaming and shuffle_buffer > 1:
+            tokens = tokens.shuffle(seed=seed, buffer_size=1)  # the files; rows may be pieces of a document
         if next(_pack(tokens, sequence_length, drop_last), None) is None:
             raise ValueError(
                 f"{source.path} is shorter than `sequence_length` ({sequence_length} tokens): give more text"
             )
         packed = type(tokens).from_generator(
             _pack,
-            features=Features({"input_ids": _INTEGERS, "position_ids": _INTEGERS}),
+            features=None if streaming else _BLOCK,  # a stream of known features is a stream of lists, not arrays
             gen_kwargs={"rows": tokens, "length": sequence_length, "drop_last": drop_last},
         )
+        if streaming and shuffle_buffer > 1:
+            packed = packed.shuffle(seed=seed, buffer_size=shuffle_buffer)
         blocks.append(packed if streaming else packed.with_format("numpy"))  # a stream is slow in any format
     if len(blocks) == 1:
         return blocks[0]

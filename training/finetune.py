@@ -118,7 +118,7 @@ def run(arguments: list[str]) -> int:
     trainer = _trainer(own, training, adapters)
     with training.main_process_first(local=False):
         checkpoint = open_run(training, given)
-    if not train_and_save(trainer, checkpoint):
+    if not train_and_save(trainer, given, checkpoint):
         print("mohge finetune: stopped, the same command goes on from here", file=sys.stderr)
         return 1
     return _merge(training.output_dir, own) if own.merge is not None and training.should_save else 0

@@ -4,14 +4,19 @@ Pretraining and continued training: `mohge train RECIPE`, and on several devices
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, TrainingArguments, set_seed
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
@@ -19,6 +24,7 @@ from mohge.cli import load_config, main
 from mohge.model_cards.shipped import shipped_file, shipped_recipes
 from mohge.parallel_mohge import check_layout
 
+from .checkpointing import check_same_model
 from .corpus import STANDARD_LIBRARY, train_tokenizer
 from .data import TextSource, collate_packed, packed_blocks, parse_sources, read_rows
 from .recipe import open_run, parse_recipe, train_and_save
@@ -64,7 +70,7 @@ class PretrainArguments:
         default=None,
         metadata={"help": "Folder or Hub id of the tokenizer. By default the model's; for a config, one of the text."},
     )
-    dtype: str | None = field(
+    dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the config's, or float32."}
     )
     sequence_length: int = field(
@@ -126,50 +132,86 @@ def run(arguments: list[str]) -> int:
     held_out = parse_sources(own.eval_datasets or [], "eval_datasets")
     if own.streaming and training.max_steps <= 0:
         raise ValueError("`streaming` needs `max_steps`: the length of a stream is not known")
+    if held_out and training.eval_strategy == "no":
+        raise ValueError("`eval_datasets` needs `eval_strategy`: give steps or epoch, or leave it out")
     with training.main_process_first(local=False):
         checkpoint = open_run(training, given)
-    start = _start(own, config, sources, training)
-    tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or start)
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"`vocab_size` is {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens: raise it, or name "
-            "another `tokenizer`"
-        )
+    if checkpoint is not None:
+        check_same_model(config, checkpoint)
+    tokenizer = _tokenizer(own, config, sources, training, checkpoint)
     with training.main_process_first():  # the others read its cache
         options = {"tokenizer": tokenizer, "sequence_length": own.sequence_length, "num_proc": own.num_proc}
         shuffled = {"streaming": own.streaming, "seed": training.seed, "shuffle_buffer": own.shuffle_buffer}
         text = packed_blocks(sources, **options, **shuffled)
         eval_text = packed_blocks(held_out, **options) if held_out else None
+    if own.streaming:
+        text = text.repeat(None)  # Trainer cannot go on in the second epoch of a stream
     dtype = own.dtype or config.dtype or "float32"
-    trainer = MoHGETrainer(
-        MoHGEForCausalLM.from_pretrained(start, dtype=dtype, distributed_config=layout),
-        training,
-        train_dataset=text,
-        eval_dataset=eval_text,
-        data_collator=collate_packed,
-        processing_class=tokenizer,
-    )
-    if train_and_save(trainer, checkpoint):
+    with _start(own, config, training, checkpoint) as start:
+        trainer = MoHGETrainer(
+            # A checkpoint's own config has the tokenizer's padding token, whose embedding then gets no gradient.
+            MoHGEForCausalLM.from_pretrained(start, config=config, dtype=dtype, distributed_config=layout),
+            training,
+            train_dataset=text,
+            eval_dataset=eval_text,
+            data_collator=collate_packed,
+            processing_class=tokenizer,
+        )
+    if train_and_save(trainer, given, checkpoint):
         return 0
     print("mohge train: stopped, the same command goes on from here", file=sys.stderr)
     return 1
 
 
-def _start(own: PretrainArguments, config: MoHGEConfig, sources: list[TextSource], training: TrainingArguments) -> str:
-    """The model to start from: `own.model`, or a folder with random weights and a tokenizer, one for all ranks."""
+def _tokenizer(
+    own: PretrainArguments,
+    config: MoHGEConfig,
+    sources: list[TextSource],
+    training: TrainingArguments,
+    checkpoint: str | None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that is named, or that of the checkpoint or model, or one made from the text on the first rank."""
     path = Path(own.model)
-    if any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
-        return own.model
-    if not path.exists() and shipped_file(own.model, "config.json") is None:
-        return own.model  # a Hub id
-    folder = Path(training.output_dir) / "initial"
-    with training.main_process_first(local=False):
-        if training.should_save and not (folder / "config.json").exists():
-            if own.tokenizer is None and not any(path.glob("tokenizer*.json")):
-                train_tokenizer(_characters(sources, TOKENIZER_TEXT), config.vocab_size).save_pretrained(folder)
-            set_seed(training.seed)
-            MoHGEForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+    has_none = path.is_file() or not (any(path.glob("tokenizer*")) or _is_on_hub(own.model))
+    if own.tokenizer is not None or checkpoint is not None or not has_none:
+        tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or checkpoint or own.model)
+    else:
+        made = [None]
+        if training.process_index == 0:
+            made = [train_tokenizer(_characters(sources, TOKENIZER_TEXT), config.vocab_size)]
+        (tokenizer,) = broadcast_object_list(made)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"`vocab_size` is {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens: raise it, or name "
+            "another `tokenizer`"
+        )
+    return tokenizer
+
+
+def _is_on_hub(model: str) -> bool:
+    return not Path(model).exists() and shipped_file(model, "config.json") is None
+
+
+@contextmanager
+def _start(
+    own: PretrainArguments, config: MoHGEConfig, training: TrainingArguments, checkpoint: str | None
+) -> Iterator[str]:
+    """The model to start from: a checkpoint, `own.model`, or a folder with random weights, for as long as it takes."""
+    path = Path(own.model)
+    if checkpoint is not None or _is_on_hub(own.model) or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        yield checkpoint or own.model
+        return
+    folder = Path(training.output_dir) / ".initial"
+    try:
+        with training.main_process_first(local=False):
+            if training.should_save:
+                set_seed(training.seed)
+                MoHGEForCausalLM(config).save_pretrained(folder)
+        yield str(folder)
+        PartialState().wait_for_everyone()
+    finally:
+        if training.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _characters(sources: list[TextSource], limit: int) -> Iterator[str]:

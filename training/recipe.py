@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
@@ -63,13 +64,18 @@ def parse_recipe(
     parser.add_argument(
         "recipe", nargs="?", help="YAML file, or name of a shipped recipe, with values of the flags below"
     )
-    values = vars(parser.parse_args(arguments))
-    recipe = values.pop("recipe")
-    if recipe is not None:
-        values = vars(parser.parse_args([*_as_arguments(recipe), *arguments]))
-        del values["recipe"]
+    recipe = parser.parse_args(arguments).recipe
+    values = parser.parse_args([] if recipe is None else _as_arguments(recipe))
+    values = vars(parser.parse_args(arguments, values))
+    del values["recipe"]
     defaults = vars(parser.parse_args([]))
     given = {name: value for name, value in values.items() if value != defaults[name]}
+    for name, value in given.items():
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"`{name}` is {value}, which is no mapping ({error}): mend it") from error
     return list(parser.parse_dict(values)), given
 
 
@@ -98,14 +104,14 @@ def _as_text(value) -> str:
 
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
     """
-    Prepare `output_dir`, before anything else is done.
+    Look at `output_dir`, before anything else is done, and write nothing.
 
     A run that was cut off goes on from its last checkpoint when the same command is given again, with the same values.
     `resume_from_checkpoint` goes on from any checkpoint, whatever the values.
 
     Args:
         training (`TrainingArguments`): Where to save, and what to resume from.
-        given (`dict`): Arguments that differ from their defaults, of [`parse_recipe`]; written to `recipe.yaml`.
+        given (`dict`): Arguments that differ from their defaults, of [`parse_recipe`].
 
     Returns:
         `str`, *optional*: The checkpoint to go on from.
@@ -123,7 +129,9 @@ def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
                 f"`resume_from_checkpoint` is {asked}, and there is no checkpoint: give the folder of one, or leave "
                 "it out"
             )
-    elif (folder / CONFIG_NAME).exists():
+    elif (folder / TRAINER_STATE_NAME).exists() or (
+        (folder / CONFIG_NAME).exists() and not (folder / RECIPE_NAME).exists()
+    ):
         raise ValueError(
             f"`output_dir` {folder} holds a model already: name another folder, or go on from one of its checkpoints "
             "with `resume_from_checkpoint`"
@@ -138,10 +146,6 @@ def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
                     f"is {now.get(name, 'by default')}: give the same to go on, name another folder, or go on with "
                     "other values with `resume_from_checkpoint`"
                 )
-    if training.should_save:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
-        (folder / RECIPE_NAME).write_text(text, encoding="utf-8")
     return checkpoint
 
 
@@ -165,22 +169,27 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))  # enumerations become their text
 
 
-def train_and_save(trainer: MoHGETrainer, checkpoint: str | None) -> bool:
+def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str | None) -> bool:
     """
-    Train, and save the model, the trainer's `processing_class` and the record of the run in `output_dir`.
+    Train, and save the model, the trainer's `processing_class` and at last the record of the run in `output_dir`.
 
     Args:
         trainer ([`MoHGETrainer`]): The trainer.
+        given (`dict`): Arguments that differ from their defaults, for `recipe.yaml`.
         checkpoint (`str`, *optional*): Checkpoint to go on from, of [`open_run`].
 
     Returns:
         `bool`: Whether the run is complete; it is not if a signal to stop came, and can then go on.
     """
-    stop = StopSignalCallback()
-    trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.stopped:
-        return False
+    if trainer.args.should_save:
+        text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
+        (Path(trainer.args.output_dir) / RECIPE_NAME).write_text(text, encoding="utf-8")
+    if not trainer.load_finished(checkpoint):
+        stop = StopSignalCallback()
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.stopped:
+            return False
     trainer.save_model()
     trainer.save_state()
     trainer.accelerator.wait_for_everyone()

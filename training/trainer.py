@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -72,6 +72,7 @@ class MoHGETrainer(Trainer):
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._with_router_losses(self.compute_loss_func)
         self._start_sums()
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # loss and targets of an evaluation
         config = base_model(self.model).config
         self._traffic = RouterTraffic(config) if config.sparse_layers else None
         self._staging: str | None = None  # folder of a checkpoint that is being written
@@ -163,6 +164,29 @@ class MoHGETrainer(Trainer):
             figures |= {f"router/{name}": value for name, value in self._statistics.summary().items()}
         return figures
 
+    # Evaluation.
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """See `Trainer.prediction_step`. Gathers what `evaluation_loop` needs."""
+        labels = inputs.get("labels")
+        loss, *more = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None and labels is not None:
+            targets = labels[..., 1:].ne(-100).sum().to(loss.device)
+            total = torch.where(targets > 0, loss.double() * targets, 0)  # without targets it is not a number
+            self._evaluated = self._evaluated.to(loss.device) + torch.stack([total, targets])
+        return (loss, *more)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """See `Trainer.evaluation_loop`. The loss is the mean over all targets, of which the perplexity is the
+        exponential; `Trainer` averages the means of batches. (Rows that even out the last batch of several ranks count
+        twice.)"""
+        self._evaluated = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, targets = self.accelerator.reduce(self._evaluated.to(self.args.device), "sum").tolist()
+        if targets and f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / targets
+        return output
+
     # Checkpoints.
 
     def _get_output_dir(self, trial):
@@ -242,6 +266,22 @@ class MoHGETrainer(Trainer):
             load_sharded_weights(model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def load_finished(self, checkpoint: str | None) -> bool:
+        """Load the weights and the record of a checkpoint after which there is nothing left to train, and say whether
+        it is one. (`Trainer` would train another step.)"""
+        if checkpoint is None:
+            return False
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if self.args.max_steps > 0:
+            finished = state.global_step >= self.args.max_steps
+        else:
+            finished = state.global_step > 0 and state.epoch >= self.args.num_train_epochs
+        if finished:
+            self.state = state
+            best = self.args.load_best_model_at_end and state.best_model_checkpoint
+            self._load_best_model() if best else self._load_from_checkpoint(checkpoint)
+        return finished
 
     def _load_best_model(self):
         if isinstance(self.model, MoHGEForCausalLM) and self.is_distributed_loading_by_transformers:
