@@ -190,7 +190,7 @@ def test_page_goes_where_output_says(run, tmp_path):
         (["run", "--text", "text.md"], "its ending is .md"),
         (["run", "--text", "empty.txt"], "empty.txt"),
         (["run", "--text", "one.jsonl"], "--text one.jsonl has no two tokens in a row"),
-        (["run", "--text", "large.jsonl"], "`vocab_size` is"),
+        (["run", "--text", "large.jsonl"], "no tokens of the tokenizer"),
         (["bare", "--text", "text.txt"], "needs the model's tokenizer"),
         (["empty"], "has no config.json"),
         (["broken"], "trainer_state.json is no state of a Trainer"),

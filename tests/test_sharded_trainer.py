@@ -141,9 +141,9 @@ def check_best(loaded: Path, run: Path, file: str, last: int):
 
 
 def curve(run: Path) -> list[dict[str, float]]:
-    """What was logged and evaluated at each step."""
+    """What was logged and evaluated at each step, as numbers."""
     state = json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())
-    measured = ("runtime", "per_second")
+    measured = ("runtime", "per_second", "router_load")
     return [{k: v for k, v in entry.items() if not k.endswith(measured)} for entry in state["log_history"]]
 
 

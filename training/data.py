@@ -1,5 +1,6 @@
 """Text to train and evaluate on: any source of `datasets`, as sequences of one length with documents kept apart."""
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -308,4 +309,21 @@ def collate_packed(rows: list[dict[str, Sequence[int]]]) -> dict[str, torch.Tens
     return {**batch, "labels": batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)}
 
 
-__all__ = ["FORMATS", "TextSource", "collate_packed", "packed_blocks", "parse_sources", "read_rows", "tokenized"]
+def batches(blocks: Iterable[dict[str, Sequence[int]]], batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of [`collate_packed`], in order, of up to `batch_size` sequences of one length: what `drop_last=False`
+    left is a batch of its own, and needs no padding."""
+    for _, same in itertools.groupby(blocks, key=lambda row: len(row["input_ids"])):
+        while rows := list(itertools.islice(same, batch_size)):
+            yield collate_packed(rows)
+
+
+__all__ = [
+    "FORMATS",
+    "TextSource",
+    "batches",
+    "collate_packed",
+    "packed_blocks",
+    "parse_sources",
+    "read_rows",
+    "tokenized",
+]

@@ -14,13 +14,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProgressCallback,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 
-from .corpus import standard_library_texts, token_blocks, train_tokenizer
+from .corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
+from .data import TextSource, batches, collate_packed, packed_blocks
 from .report import evaluate_routing, format_router_table
 from .report.page import Report, render, write_page
 from .trainer import MoHGETrainer
@@ -90,7 +90,10 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     training_files, held_out_files = standard_library_texts()
     print(f"text: {len(training_files)} files to train on, {len(held_out_files)} held out", flush=True)
     tokenizer = train_tokenizer(training_files, VOCABULARY)
-    training_set, held_out_set = (token_blocks(files, tokenizer, BLOCK) for files in (training_files, held_out_files))
+    training_set, held_out_set = (
+        packed_blocks([TextSource(STANDARD_LIBRARY, split=split)], tokenizer, BLOCK)
+        for split in ("train", "validation")
+    )
     print(f"tokens: {len(training_set) * BLOCK:,} to train on, {len(held_out_set) * BLOCK:,} held out")
 
     model = MoHGEForCausalLM(_config(router, tokenizer))
@@ -117,8 +120,8 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
 
     text = _continue(reloaded, AutoTokenizer.from_pretrained(folder))
     print(f"\n{text}\n")
-    blocks = held_out_set.with_format("torch")["input_ids"][:32]
-    routing = evaluate_routing(reloaded, ({"input_ids": batch} for batch in blocks.split(BATCH)))
+    evaluated = held_out_set.select(range(min(32, len(held_out_set))))
+    routing = evaluate_routing(reloaded, batches(evaluated, BATCH))
     print(format_router_table(routing.statistics))
     activated, total = routing.statistics.activated_parameters(), model.num_parameters()
     print(f"activated parameters per token: {activated:,.0f} of {total:,}")
@@ -128,7 +131,7 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
         trainer.state.log_history,
         evaluation=routing,
         tokenizer=tokenizer,
-        text=f"Python's standard library, {blocks.numel():,} held-out tokens",
+        text=f"Python's standard library, {len(routing.token_ids):,} held-out tokens",
         facts={
             "held-out perplexity": f"{before:,.1f} before training, {after:,.2f} after",
             "logits after reload": "identical" if identical else "different",
@@ -207,7 +210,7 @@ def _trainer(
         args=arguments,
         train_dataset=training_set,
         eval_dataset=held_out_set,
-        data_collator=default_data_collator,
+        data_collator=collate_packed,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_QuietProgressCallback())

@@ -153,16 +153,11 @@ def _same_subject(one: dict, other: dict) -> bool:
 def _batches(
     source: "TextSource", tokenizer: "PreTrainedTokenizerBase", length: int, options: argparse.Namespace
 ) -> Iterator[dict[str, "torch.Tensor"]]:
-    from .data import collate_packed, packed_blocks
+    from .data import batches, packed_blocks
 
-    blocks = iter(packed_blocks([source], tokenizer, length, streaming=options.tokens is not None, drop_last=False))
-    if options.tokens is not None:
-        blocks = itertools.islice(blocks, max(1, options.tokens // length))
-    while rows := list(itertools.islice(blocks, options.batch_size)):
-        if len(rows) > 1 and len(rows[-1]["input_ids"]) < length:  # the end of the text
-            yield collate_packed(rows[:-1])
-            rows = rows[-1:]
-        yield collate_packed(rows)
+    blocks = packed_blocks([source], tokenizer, length, streaming=options.tokens is not None, drop_last=False)
+    sequences = None if options.tokens is None else max(1, options.tokens // length)
+    return batches(itertools.islice(blocks, sequences), options.batch_size)
 
 
 def evaluate_text(

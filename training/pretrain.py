@@ -3,6 +3,7 @@ Pretraining and continued training: `mohge train RECIPE`, and on several devices
 `accelerate launch --config_file accelerate.yaml -m mohge.training.pretrain RECIPE`; `mohge place` writes a launch.
 """
 
+import copy
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils import logging
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.cli import load_config, main
@@ -30,6 +32,8 @@ from .data import TextSource, collate_packed, packed_blocks, parse_sources, read
 from .recipe import open_run, parse_recipe, train_and_save
 from .trainer import MoHGETrainer
 
+
+logger = logging.get_logger(__name__)
 
 TOKENIZER_TEXT = 50_000_000
 """Characters of the training text that a tokenizer is trained on, where none is given."""
@@ -133,7 +137,8 @@ def run(arguments: list[str]) -> int:
     if own.streaming and training.max_steps <= 0:
         raise ValueError("`streaming` needs `max_steps`: the length of a stream is not known")
     if held_out and training.eval_strategy == "no":
-        raise ValueError("`eval_datasets` needs `eval_strategy`: give steps or epoch, or leave it out")
+        logger.warning("`eval_datasets` is not used: `eval_strategy` is no")
+        held_out = []
     with training.main_process_first(local=False):
         checkpoint = open_run(training, given)
     if checkpoint is not None:
@@ -206,7 +211,7 @@ def _start(
         with training.main_process_first(local=False):
             if training.should_save:
                 set_seed(training.seed)
-                MoHGEForCausalLM(config).save_pretrained(folder)
+                MoHGEForCausalLM(copy.deepcopy(config)).save_pretrained(folder)  # which notes things in the config
         yield str(folder)
         PartialState().wait_for_everyone()
     finally:

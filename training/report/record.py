@@ -1,8 +1,6 @@
 """What there is to report on: a run or a model, its training record, and text to measure it on."""
 
-import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 from mohge import MoHGEConfig
 from mohge.cli import load_config
 
-from ..data import collate_packed, packed_blocks, parse_sources
+from ..data import batches, packed_blocks, parse_sources
 from ..traffic import RouterTraffic
 from .measure import RoutingEvaluation, evaluate_routing
 
@@ -131,14 +129,7 @@ def read_text(
             f"--text {text} has the token {largest}, and the model's `vocab_size` is {config.vocab_size}: use the "
             "tokenizer that the model was trained with"
         )
-    batches = [collate_packed(batch) for batch in _batches(rows)]
-    if all(batch["labels"][:, 1:].eq(-100).all() for batch in batches):
+    made = list(batches(rows, BATCH))
+    if all(batch["labels"][:, 1:].eq(-100).all() for batch in made):
         raise ValueError(f"--text {text} has no two tokens in a row: give a longer text, or raise --tokens")
-    return batches
-
-
-def _batches(rows: list[dict]) -> Iterator[list[dict]]:
-    """Up to `BATCH` rows of the same length."""
-    for _, same in itertools.groupby(rows, key=lambda row: len(row["input_ids"])):
-        while batch := list(itertools.islice(same, BATCH)):
-            yield batch
+    return made
