@@ -163,7 +163,7 @@ def _config(router: str, tokenizer: PreTrainedTokenizerFast) -> MoHGEConfig:
         hidden_size=192,
         num_hidden_layers=4,
         num_attention_heads=6,
-        max_position_embeddings=2 * BLOCK,
+        max_position_embeddings=BLOCK,
         qk_norm="head",
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -183,8 +183,13 @@ def _tokenizer(
     else:
         made = [None]
         if training.process_index == 0:
-            made = [train_tokenizer(_characters(sources, TOKENIZER_TEXT), config.vocab_size)]
+            try:
+                made = [train_tokenizer(_characters(sources, TOKENIZER_TEXT), config.vocab_size)]
+            except (ValueError, OSError) as error:
+                made = [error]  # for all ranks, which would wait for a tokenizer
         (tokenizer,) = broadcast_object_list(made)
+        if isinstance(tokenizer, Exception):
+            raise tokenizer
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"`vocab_size` is {config.vocab_size}, and the tokenizer has {len(tokenizer)} tokens: raise it, or name "
@@ -225,6 +230,8 @@ def _characters(sources: list[TextSource], limit: int) -> Iterator[str]:
         left = limit // len(sources)
         for row in read_rows(source, streaming=True):
             text = row.get(source.column)
+            if text is None and source.column in row:
+                continue
             if not isinstance(text, str):
                 raise ValueError(f"{source.path} has no text in its column `{source.column}`: name a `tokenizer`")
             yield text
