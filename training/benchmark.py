@@ -7,8 +7,8 @@ checked before anything is timed, the contestants alternate, and medians are pri
 """
 
 import argparse
+import itertools
 import json
-import multiprocessing
 import platform
 import statistics
 import time
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
@@ -40,7 +41,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write all quantiles to")
     options = parser.parse_args()
-    options.threads = torch.get_num_threads()
 
     torch.manual_seed(0)
     models = _models(options)
@@ -58,61 +58,46 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def peak_memory(name: str, options: argparse.Namespace, router_outputs: bool) -> int:
+def peak_memory(model: torch.nn.Module, batch: torch.Tensor, router_outputs: bool) -> int:
     """
-    Most bytes that one training step of the contestant `name` over `options.memory_tokens` tokens takes beside the
-    model and its gradients, with router losses and router logits or with neither. In a process of its own, since on
-    CPU it is the process's memory.
+    Most bytes that are allocated at the same time by one training step, beside the model and its gradients, with
+    router losses and router logits or with neither.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (name, options, router_outputs))
-
-
-def _peak_memory(name: str, options: argparse.Namespace, router_outputs: bool) -> int:
-    torch.set_num_threads(options.threads)
-    model = _models(options)[name].train()
     if not router_outputs:
         for field in ROUTER_COEFFICIENTS.values():
             setattr(model.config, field, 0.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    batch = _batch(options, options.memory_tokens)
+    model.train()
 
     def step(batch: torch.Tensor):
         model(batch, labels=batch, output_router_logits=router_outputs).loss.backward()
 
-    step(batch[:1])  # what is made once
-    if options.device.startswith("cuda"):
+    step(batch[:1])  # makes the gradients
+    if batch.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(batch)
         return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is held now
-    before = _status_bytes(status, "VmRSS")
-    step(batch)
-    return _status_bytes(status, "VmHWM") - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(batch)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def _status_bytes(file: Path, field: str) -> int:
-    (line,) = [line for line in file.read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
-
-
-def _memory(options) -> dict[str, list[int]]:
-    """Peak bytes of a training step of MoHGE, without and with router losses and logits, three times in turn."""
-    peaks = {"without": [], "with": []}
-    for _ in range(3):
-        for which, values in peaks.items():
-            values.append(peak_memory("MoHGE two_level", options, which == "with"))
-    olmoe = peak_memory("OLMoE", options, True)
-    without, with_logits = (statistics.median(values) for values in peaks.values())
+def _memory(options) -> dict[str, int]:
+    """Peak bytes of a training step, of OLMoE, and of MoHGE without and with router losses and logits."""
+    batch = _batch(options, options.memory_tokens)
+    contestants = {"OLMoE": ("OLMoE", True)}
+    contestants |= {f"two_level {which}": ("MoHGE two_level", which == "with") for which in ("without", "with")}
+    peaks = {
+        label: peak_memory(_models(options)[name], batch, outputs) for label, (name, outputs) in contestants.items()
+    }
+    olmoe, without, with_outputs = (peak / 2**20 for peak in peaks.values())
     print(
-        f"\npeak memory of a step of {options.memory_tokens} tokens beside weights and gradients: OLMoE "
-        f"{olmoe / 2**20:.0f} MiB with router losses and logits, two_level {without / 2**20:.0f} MiB without and "
-        f"{with_logits / 2**20:.0f} MiB with them ({with_logits / without - 1:+.2%})"
+        f"\npeak memory of a step of {options.memory_tokens} tokens beside weights and gradients: OLMoE {olmoe:.0f} "
+        f"MiB with router losses and logits, two_level {without:.0f} MiB without and {with_outputs:.0f} MiB with them "
+        f"({with_outputs / without - 1:+.2%})"
     )
-    return {"OLMoE": [olmoe], **{f"two_level {which} router outputs": values for which, values in peaks.items()}}
+    return peaks
 
 
 def _models(options) -> dict[str, torch.nn.Module]:
