@@ -96,7 +96,9 @@ def make_card(
         receipt=_receipt(conversion),
         training=_training(state),
         router=router,
-        evaluation=[(_dataset_name(result), result["metrics"]) for result in evaluation.get("results", [])],
+        evaluation=[
+            (_dataset_name(result), _conditions(result), result["metrics"]) for result in evaluation.get("results", [])
+        ],
     )
 
 
@@ -152,13 +154,21 @@ def _dataset_name(result: dict) -> str:
     if "task" in result:
         return result["task"]
     dataset = result["dataset"]
-    return ", ".join(str(dataset[key]) for key in ("path", "name", "split") if dataset.get(key))
+    return ", ".join(str(dataset[key]) for key in ("path", "name", "split") if dataset.get(key)).replace("|", "/")
+
+
+def _conditions(result: dict) -> str:
+    """What it was measured under, such as "sequence length 256"."""
+    settings = result.get("settings", {}).items()
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings if value is not None)
 
 
 def _results(evaluation: dict) -> list[EvalResult]:
-    """Evaluation results as the Hub shows them."""
+    """Evaluation results as the Hub shows them: those of all data, since it shows no conditions."""
     found = []
     for result in evaluation.get("results", []):
+        if any(result.get("settings", {}).get(name) is not None for name in ("limit", "first_tokens")):
+            continue
         dataset = result.get("dataset", {"path": result.get("task")})
         for metric, value in result["metrics"].items():
             kind = metric.partition(",")[0]  # the harness adds the name of its filter

@@ -71,4 +71,6 @@ def _portable(value):
 def _is_path(text: str) -> bool:
     if _ABSOLUTE.match(text):
         return True
+    if text.startswith("file:"):
+        return True
     return "/" in text and not is_hub_id(text) and "://" not in text and len(text.split()) == 1

@@ -17,7 +17,7 @@ from .records import RECORDS, is_hub_id, read_record, write_record
 
 
 _STALE = (
-    *("*.safetensors", INDEX, "pytorch_model*", "adapter_*", "*_mohge.py", *RECORDS),
+    *("*.safetensors", INDEX, "pytorch_model*", "adapter_*", "training_args.bin", "*_mohge.py", *RECORDS),
     *(pattern for pattern in SIDE_FILES if not pattern.startswith(("LICENSE", "NOTICE"))),
 )
 """What a push removes from the repository unless it brings it: what `from_pretrained` would read, and records."""
@@ -70,7 +70,14 @@ def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
     for file in target.glob("*config.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps(_without_places(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    card = keep_card(folder / "README.md", make_card(folder, name, config, **about), about.get("license"))
+    try:
+        made = make_card(folder, name, config, **about)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"a record in {folder} does not have the form that mohge writes ({type(error).__name__}: {error}): mend "
+            "or remove it"
+        ) from error
+    card = keep_card(folder / "README.md", made, about.get("license"))
     card.save(target / "README.md")
     return card
 
@@ -85,7 +92,7 @@ def _weights(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     if not (folder / INDEX).is_file():
-        has_bin = any(folder.glob("*.bin"))
+        has_bin = any(folder.glob("pytorch_model*.bin"))
         reason = "weights as .bin only" if has_bin else "no safetensors weights"
         raise ValueError(f"{folder} has {reason}: load the model and save it again with `save_pretrained`")
     try:

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) :]))
     try:
         return options.run(options)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one on each machine
             print(f"mohge {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

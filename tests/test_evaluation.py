@@ -84,11 +84,26 @@ def test_first_tokens_only(saved, model):
 def test_results_are_added_and_replaced(saved, model):
     other = saved / "other.txt"
     other.write_text(TEXTS[2])
-    for source, length in ((saved / "text.jsonl", 8), (other, 8), (saved / "text.jsonl", LENGTH)):
+    text = saved / "text.jsonl"
+    for source, length in ((text, LENGTH), (other, 8), (text, 8), (text, LENGTH)):
         assert evaluate(model, "--datasets", source, "--sequence-length", length) == 0
-    first, second = json.loads((model / "evaluation.json").read_text())["results"]
-    assert (first["dataset"]["path"], second["dataset"]["path"]) == (str(other), str(saved / "text.jsonl"))
-    assert second["metrics"]["tokens"] == len(expected_losses(model))
+    assert evaluate(model, "--datasets", text, "--sequence-length", LENGTH, "--tokens", 20) == 0  # is no replacement
+    results = json.loads((model / "evaluation.json").read_text())["results"]
+    settings = [(result["dataset"]["path"], *result["settings"].values()) for result in results]
+    assert settings == [
+        (str(other), 8, None),
+        (str(text), 8, None),
+        (str(text), LENGTH, None),
+        (str(text), LENGTH, 20),
+    ]
+    assert results[2]["metrics"]["tokens"] == len(expected_losses(model))
+
+
+def test_text_without_anything_to_predict_is_refused(saved, model, tmp_path, capsys):
+    (tmp_path / "ids.jsonl").write_text('{"input_ids": [5]}\n' * 40)
+    assert evaluate(model, "--datasets", tmp_path / "ids.jsonl") == 2
+    assert "no two tokens in a row" in capsys.readouterr().err
+    assert not (model / "evaluation.json").exists()
 
 
 def test_task_of_the_harness(saved, model):

@@ -115,7 +115,7 @@ def test_evaluation_becomes_a_model_index(tmp_path):
         ("arc_easy", "acc", 0.25),
     ]
     assert found[0].dataset_revision == "abc"
-    assert "| org/text, plain, test | perplexity | 12.5000 |" in card.text
+    assert "| org/text, plain, test |  | perplexity | 12.5000 |" in card.text
     assert "| org/text, plain, test | tokens | 4,096 |" in card.text
     assert "| arc_easy | acc_stderr,none | 0.0100 |" in card.text
     assert f"averaged over layers: {statistics.summary()['max_vio']:.2f}\n" in card.text

@@ -193,7 +193,11 @@ MISUSE = {
     ),
     "sizes": ({}, {"ep_size": 3}, r"`ep_size` must divide `fsdp_size \* tp_size`"),
     "processes": ({}, {"fsdp_size": 4}, r"2 processes were started: launch with --num_processes 4"),
-    "text": ({}, {"sequence_length": 100_000}, r"`sequence_length` \(100000 tokens\): give more text"),
+    "text": (
+        {"max_position_embeddings": 100_000},
+        {"sequence_length": 100_000},
+        r"`sequence_length` \(100000 tokens\): give more text",
+    ),
     "model": ({}, {"model": "no/such/file.json"}, r"no/such/file.json does not exist: give a config.json"),
     "vocabulary": ({"vocab_size": 100}, {}, r"`vocab_size` is 100, and the tokenizer has \d+ tokens: raise it"),
     "best model": ({}, {"load_best_model_at_end": True}, r"load_best_model_at_end requires .* eval"),

@@ -9,7 +9,7 @@ import yaml
 from conversion_cases import REGROUP, add_tokenizer, convert, make_source, read_report
 from hub_actions import USER
 from hub_cases import Shell, run_without_package, save_model
-from hub_server import HubServer
+from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
 from trainer_runs import config, train
 
@@ -289,7 +289,8 @@ HfApi().upload_file(path_or_fileobj={text.encode()!r}, path_in_repo="README.md",
     assert (folder / "README.md").read_text() == "# Written here\n"
 
 
-def test_a_training_run_pushes_its_model_at_the_end(shell, tmp_path):
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_a_training_run_pushes_what_was_checked_and_nothing_of_this_machine(strategy, shell, tmp_path):
     (tmp_path / "text.txt").write_text("one two three four five six seven\n" * 200)
     config("expert", vocab_size=300).save_pretrained(tmp_path / "config")
     values = {
@@ -298,20 +299,48 @@ def test_a_training_run_pushes_its_model_at_the_end(shell, tmp_path):
         "output_dir": tmp_path / "run",
         "sequence_length": 32,
         "max_steps": 2,
+        "save_steps": 1,
         "push_to_hub": True,
-        "hub_model_id": f"{USER}/trained",
-        "hub_strategy": "end",
-        "save_strategy": "no",
+        "hub_model_id": f"{USER}/trained_{strategy}",
+        "hub_strategy": strategy,
+        "hub_token": TOKEN,
         "report_to": "none",
         "disable_tqdm": True,
     }
     result = shell.run(["train", *(f"--{name}={value}" for name, value in values.items())])
     assert result.status == 0, result.err
-    repository = shell.hub.repositories[f"{USER}/trained"]
-    assert repository.history() == ["Model save", "initial commit"]
+    repository = shell.hub.repositories[f"{USER}/trained_{strategy}"]
+    during = [f"Training in progress, step {step}" for step in (2, 1)] if strategy == "every_save" else []
+    assert repository.history() == ["Model save", *during, "initial commit"]
+    for commit in repository.commits.values():
+        for name, file in commit.files.items():
+            assert TOKEN.encode() not in file.content, name
+            assert str(tmp_path).encode() not in file.content, name
     files = repository.head().files
     assert set(files) == {*MODEL, *TOKENIZER, "recipe.yaml", ".gitattributes"}
     card = files["README.md"].content.decode()
     assert "| optimizer steps | 2 |" in card
-    assert str(tmp_path) not in card
-    assert_loads(shell.hub, tmp_path, tmp_path / "run", f"{USER}/trained")
+    assert_loads(shell.hub, tmp_path, tmp_path / "run", f"{USER}/trained_{strategy}")
+
+
+def test_of_an_adapter_run_only_the_adapter_is_pushed(shell, model, tmp_path):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a tokenizer.\n" * 100)
+    values = {
+        "model": model,
+        "datasets": tmp_path / "text.txt",
+        "lora_rank": 2,
+        "sequence_length": 32,
+        "max_steps": 1,
+        "output_dir": tmp_path / "adapter",
+        "push_to_hub": True,
+        "hub_model_id": f"{USER}/adapter",
+        "hub_token": TOKEN,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    result = shell.run(["finetune", *(f"--{name}={value}" for name, value in values.items())])
+    assert result.status == 0, result.err
+    files = shell.hub.repositories[f"{USER}/adapter"].head().files
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    assert not {"training_args.bin", "recipe.yaml", "trainer_state.json"} & set(files)
+    assert not [name for name, file in files.items() if TOKEN.encode() in file.content]

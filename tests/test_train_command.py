@@ -200,7 +200,7 @@ def test_folder_with_config_and_tokenizer_keeps_its_tokenizer(inputs, tmp_path):
 
 def test_flags_go_before_the_recipe(inputs, tmp_path):
     values = {"learning_rate": 3e-3, "max_steps": 50, "logging_steps": 1, "save_strategy": "no"}
-    values |= {"model": str(inputs / "model"), "sequence_length": 32, "use_cpu": True}
+    values |= {"model": str(inputs / "model"), "sequence_length": 32}
     values |= {"datasets": [str(inputs / "a.jsonl")], "output_dir": str(tmp_path / "run")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     flags = ["--max_steps", "2", "--learning_rate=2e-3"]
@@ -315,7 +315,10 @@ REFUSED = {
     "broken held-out source": ({"eval_datasets": "{path: 1}"}, "`eval_datasets`"),
     "nothing to evaluate on": ({"eval_strategy": "steps"}, "eval_dataset"),
     "endless stream": ({"streaming": True, "max_steps": None}, "`streaming` needs `max_steps`"),
-    "short text": ({"sequence_length": 100_000}, "shorter than `sequence_length` (100000 tokens): give more text"),
+    "short text": ({"sequence_length": 4096}, "shorter than `sequence_length` (4096 tokens): give more text"),
+    "short context": ({"sequence_length": 4097}, "and the model's `max_position_embeddings` 4096"),
+    "schedule": ({"lr_scheduler_type": "warmup_stable_decay"}, "`lr_scheduler_kwargs` is None, which does not fit"),
+    "reporter": ({"report_to": "wandb"}, "wandb"),
     "no tokens": ({"sequence_length": 0}, "`sequence_length` is 0"),
     "no targets": ({"sequence_length": 1}, "`sequence_length` is 1"),
     "no rows": ({"per_device_train_batch_size": 0}, "batch_size"),

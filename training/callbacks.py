@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from mohge import MoHGEForCausalLM
 
-from .metrics import RouterStatistics
+from .metrics import RouterStatistics, dense_parameters
 
 
 class RouterScheduleCallback(TrainerCallback):
@@ -101,11 +101,6 @@ def base_model(model: nn.Module) -> MoHGEForCausalLM:
     """The MoHGE model inside the wrappers of data parallelism, compilation and PEFT."""
     model = extract_model_from_parallel(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def dense_parameters(model: MoHGEForCausalLM) -> int:
-    """Number of parameters that every token passes through: all but the routed experts and adapters on them."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." not in name)
 
 
 __all__ = ["RouterLogCallback", "RouterScheduleCallback", "StopSignalCallback"]

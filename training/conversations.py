@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 from datasets import Dataset, concatenate_datasets
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .data import TextSource, read_rows
@@ -38,22 +39,29 @@ def read_conversations(sources: list[TextSource]) -> Dataset:
     return concatenate_datasets([some.select_columns(kept) for some in rows])
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, row: dict, assistant_only: bool):
+def check_template(tokenizer: PreTrainedTokenizerBase, rows: Dataset, assistant_only: bool):
     """
-    Check that the tokenizer can write the conversation `row`, and tell the assistant's turns if only they count.
+    Check that the tokenizer can write the first conversation, and tell the assistant's turns if only they count.
 
     Raises:
-        ValueError: if it has no chat template, or one that does not tell.
+        ValueError: if it has no chat template, or one that cannot write it, or does not tell.
     """
+    row = rows[0]
     if isinstance(row.get("completion"), str):
         return
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template: give one as `chat_template`, a Jinja file")
-    if assistant_only and "messages" in row:
-        encoded = tokenizer.apply_chat_template(
-            row["messages"], tools=row.get("tools"), return_dict=True, return_assistant_tokens_mask=True
-        )
-        if not any(encoded["assistant_masks"]):
+    if "messages" in row:
+        options = {"return_dict": True, "return_assistant_tokens_mask": assistant_only}
+        try:
+            encoded = tokenizer.apply_chat_template(row["messages"], tools=row.get("tools"), **options)
+            answered = any(turn["role"] == "assistant" for turn in row["messages"])
+        except (TemplateError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the chat template cannot write the first of the `messages` ({error}): mend the template, or give "
+                "lists of {role, content}"
+            ) from error
+        if assistant_only and answered and not any(encoded["assistant_masks"]):
             raise ValueError(
                 "the chat template marks no turn of the assistant with {% generation %}, which "
                 "`assistant_only_loss` goes by: mend it, or train on all turns with --assistant_only_loss false"

@@ -23,6 +23,8 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from mohge import MoHGEConfig
+
 from .corpus import STANDARD_LIBRARY, standard_library_texts
 
 
@@ -94,6 +96,27 @@ def parse_sources(entries: list[str], argument: str) -> list[TextSource]:
     return sources
 
 
+def absolute(path: str) -> str:
+    """A path that holds wherever it is read, if there is something at `path`; else `path`, which may be a Hub id."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def check_sequence_length(sequence_length: int | None, config: MoHGEConfig) -> int:
+    """
+    The length itself, or 1024 tokens or the model's context, whichever is shorter, if it is None.
+
+    Raises:
+        ValueError: if the model's context is shorter.
+    """
+    context = config.max_position_embeddings
+    if sequence_length is not None and sequence_length > context:
+        raise ValueError(
+            f"`sequence_length` is {sequence_length}, and the model's `max_position_embeddings` {context}: lower the "
+            "one, or raise the other in the model's config"
+        )
+    return min(1024, context) if sequence_length is None else sequence_length
+
+
 def read_rows(source: TextSource, streaming: bool = False) -> Dataset | IterableDataset:
     """
     The rows of a source with all their columns. Of text files, a row is a piece of a document, in the column
@@ -116,6 +139,8 @@ def read_rows(source: TextSource, streaming: bool = False) -> Dataset | Iterable
 def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
     path = Path(source.path)
     files = [path] if path.suffix == ".txt" and path.is_file() else sorted(path.rglob("*.txt"))
+    if path.is_dir() and any(any(path.rglob(f"*{ending}")) for ending in FORMATS):
+        files = []  # a licence or the like, beside the data
     if source.path == STANDARD_LIBRARY:
         splits = ("train", "validation")
         generator, state = _standard_library_rows, {"python": sys.version}
@@ -199,12 +224,19 @@ def _tokenize(
         raise ValueError(f"{source.path} has no text in its column `{source.column}`: name another as `column`")
     begins, ends = (batch.get(name, [True] * len(texts)) for name in (_BEGINS, _ENDS))
     tokens = tokenizer([text or "" for text in texts], add_special_tokens=False, verbose=False)["input_ids"]
-    first = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+    first = _in_front(tokenizer)
     last = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = [
         first * begin + row + last * end if row else [] for row, begin, end in zip(tokens, begins, ends, strict=True)
     ]
     return {"input_ids": rows, "ends": ends}
+
+
+def _in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text, such as a beginning-of-sequence token."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    return whole[: starts[0]] if plain and starts else []
 
 
 def packed_blocks(
@@ -320,7 +352,9 @@ def batches(blocks: Iterable[dict[str, Sequence[int]]], batch_size: int) -> Iter
 __all__ = [
     "FORMATS",
     "TextSource",
+    "absolute",
     "batches",
+    "check_sequence_length",
     "collate_packed",
     "packed_blocks",
     "parse_sources",

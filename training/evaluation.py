@@ -48,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         help="tokens of a sequence, beyond which nothing is seen (default: 1024, or the model's context if shorter)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a batch (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="of the weights (default: as they were saved)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights (default: as they were saved)",
+    )
     parser.add_argument("--device", help="where to compute (default: the accelerator, or cpu)")
     parser.add_argument(
         "--output", metavar="FILE", help=f"JSON file to add the results to (default: {EVALUATION_NAME} in MODEL)"
@@ -70,8 +75,10 @@ def run(options: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mohge.cli import load_config
+    from mohge.model_cards.shipped import shipped_file
 
-    from .data import parse_sources
+    from .data import absolute, check_sequence_length, parse_sources
+    from .lora import known_patterns
     from .report.measure import format_router_table
 
     if not options.datasets and not options.tasks:
@@ -81,26 +88,37 @@ def run(options: argparse.Namespace) -> int:
         if value is not None and value < (0 if name == "num_fewshot" else 1):
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give a positive number")
     sources = parse_sources(options.datasets, "--datasets")
+    if shipped_file(options.model, "config.json") and not Path(options.model).exists():
+        raise ValueError(f"{options.model} is a recipe without weights: train it first (mohge train {options.model})")
     config = load_config(options.model)
     file = _output_file(options)
     results = _read_results(file)
-    length = options.sequence_length or min(1024, config.max_position_embeddings)
+    length = check_sequence_length(options.sequence_length, config)
     device = options.device or torch.accelerator.current_accelerator() or "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{options.model} has no tokenizer: save one beside the model ({error})") from error
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device).eval()
+    with known_patterns():  # of adapters
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
+    try:
+        model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {device}: {error}") from error
 
     new, statistics = [], None
     for task, metrics in _evaluate_tasks(model, tokenizer, options).items():
-        new.append({"task": task, "metrics": metrics})
+        settings = {"num_fewshot": options.num_fewshot, "limit": options.limit}
+        new.append({"task": task, "settings": settings, "metrics": metrics})
         print(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     for source in sources:
         batches = _batches(source, tokenizer, length, options)
         metrics, statistics = evaluate_text(model, batches, statistics)
-        named = {name: getattr(source, name) for name in ("path", "name", "split", "revision")}
-        new.append({"dataset": named, "metrics": metrics})
+        if not metrics["tokens"]:
+            raise ValueError(f"{source.path} has no two tokens in a row: give a longer text")
+        named = {name: getattr(source, name) for name in ("name", "split", "revision")}
+        settings = {"sequence_length": length, "first_tokens": options.tokens}
+        new.append({"dataset": {"path": absolute(source.path), **named}, "settings": settings, "metrics": metrics})
         print(
             f"{source.path}: perplexity {metrics['perplexity']:.4g}, loss {metrics['loss']:.4f} nats per token, "
             f"{metrics['tokens']:,} tokens"
@@ -147,7 +165,8 @@ def _read_results(file: Path | None) -> dict[str, Any]:
 
 
 def _same_subject(one: dict, other: dict) -> bool:
-    return (one.get("task"), one.get("dataset")) == (other.get("task"), other.get("dataset"))
+    """Whether they are of the same data under the same conditions."""
+    return all(one.get(name) == other.get(name) for name in ("task", "dataset", "settings"))
 
 
 def _batches(
@@ -221,7 +240,11 @@ def _evaluate_tasks(
         raise ValueError(f"--tasks: {error.args[0]}: `lm-eval ls tasks` lists what there is") from error
     return {
         # Standard errors can be text or not a number, which JSON does not have.
-        task: {name: float(v) for name, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
+        task: {
+            name: float(value)
+            for name, value in metrics.items()
+            if name != "sample_len" and isinstance(value, int | float) and math.isfinite(value)
+        }
         for task, metrics in evaluated["results"].items()
     }
 

@@ -5,7 +5,6 @@ Without `datasets` nothing is trained: `--model ADAPTER --merge FOLDER` merges a
 and `--model MODEL --quantize int8 --output_dir FOLDER` quantises a model's experts.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,20 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from mohge import MoHGEForCausalLM
 from mohge.cli import load_config, main
 
 from .conversations import check_template, has_conversations, read_conversations
-from .data import collate_packed, packed_blocks, parse_sources, read_rows
+from .data import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
 from .lora import known_patterns, lora_config
 from .merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
-from .recipe import open_run, parse_recipe, train_and_save
+from .recipe import is_finished, one_line_errors, open_run, parse_recipe, train_and_save
 from .trainer import MoHGETrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -63,9 +66,12 @@ class FinetuneArguments:
     dtype: Literal["float32", "bfloat16"] | None = field(
         default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the model's."}
     )
-    sequence_length: int = field(
-        default=1024,
-        metadata={"help": "Tokens of a sequence: documents are packed into it, conversations are cut off there."},
+    sequence_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a sequence: documents are packed into it, conversations are cut off there, and left "
+            "out if no answer begins before. By default 1024, or the model's context if that is shorter."
+        },
     )
     lora_rank: int | None = field(
         default=None,
@@ -107,24 +113,24 @@ def run(arguments: list[str]) -> int:
         ValueError: if arguments contradict each other, the model or the data.
         OSError: if a file cannot be read, or a folder to create exists.
     """
-    if not torch.accelerator.is_available():  # or else accelerate takes each process of a CPU run for the only one
-        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     (own, training), given = parse_recipe("mohge finetune", __doc__, [FinetuneArguments, TrainingArguments], arguments)
     if own.model is None:
         raise ValueError("`model` is missing: name a model folder or a Hub id")
     if own.datasets is None:
         return _without_training(own, training)
-    adapters = _adapters(own)
-    trainer = _trainer(own, training, adapters)
+    adapters = _adapters(own, training.output_dir)
+    if own.merge is not None and is_finished(training, given):  # and stopped before the merge
+        return _merge(training.output_dir, own)
     with training.main_process_first(local=False):
         checkpoint = open_run(training, given)
+    trainer = _trainer(own, training, adapters)
     if not train_and_save(trainer, given, checkpoint):
         print("mohge finetune: stopped, the same command goes on from here", file=sys.stderr)
         return 1
     return _merge(training.output_dir, own) if own.merge is not None and training.should_save else 0
 
 
-def _adapters(own: FinetuneArguments) -> LoraConfig | None:
+def _adapters(own: FinetuneArguments, output_dir: str) -> LoraConfig | None:
     """The adapters to train; None to train all weights."""
     if (Path(own.model) / ADAPTER_CONFIG).exists():
         raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
@@ -132,6 +138,8 @@ def _adapters(own: FinetuneArguments) -> LoraConfig | None:
     if own.merge is not None:
         if own.lora_rank is None:
             raise ValueError("`merge` is for adapters, and this trains all weights: give `lora_rank`, or leave it out")
+        if Path(own.merge).resolve() == Path(output_dir).resolve():
+            raise ValueError("`merge` and `output_dir` are the same folder: name another one to merge into")
         check_merge(config, own.model, own.merge)
     quantized = own.quantize is not None or is_quantized(config)
     if quantized and (own.lora_rank is None or own.lora_targets != "attention"):
@@ -140,6 +148,9 @@ def _adapters(own: FinetuneArguments) -> LoraConfig | None:
             "--lora_rank 16 --lora_targets attention"
         )
     if own.lora_rank is None:
+        for name in ("lora_targets", "lora_alpha"):
+            if getattr(own, name) != getattr(FinetuneArguments, name):
+                raise ValueError(f"`{name}` is for adapters, and this trains all weights: give `lora_rank` too")
         return None
     return lora_config(config, own.lora_rank, own.lora_targets, own.lora_alpha)
 
@@ -152,6 +163,8 @@ def _without_training(own: FinetuneArguments, training: TrainingArguments) -> in
         )
     if own.merge is not None:
         return _merge(own.model, own)
+    if (Path(own.model) / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
     quantize_checkpoint = _quantization().quantize_checkpoint
     result = quantize_checkpoint(own.model, training.output_dir, own.quantize, own.quantize_min_width, own.dtype)
     print(f"weights: {result.bytes_before:,} bytes -> {result.bytes_after:,} bytes")
@@ -185,6 +198,10 @@ def _quantization():
 def _trainer(own: FinetuneArguments, training: TrainingArguments, adapters: LoraConfig | None) -> MoHGETrainer:
     sources = parse_sources(own.datasets, "datasets")
     held_out = parse_sources(own.eval_datasets or [], "eval_datasets")
+    if held_out and training.eval_strategy == "no":
+        logger.warning("`eval_datasets` is not used: `eval_strategy` is no")
+        held_out = []
+    length = check_sequence_length(own.sequence_length, load_config(own.model))
     columns = next(iter(read_rows(sources[0]))).keys()
     tokenizer = _tokenizer(own)
     if has_conversations(columns):
@@ -194,27 +211,30 @@ def _trainer(own: FinetuneArguments, training: TrainingArguments, adapters: Lora
             raise ValueError(f"conversations need TRL ({error}): pip install trl") from error
         with training.main_process_first():  # the others read its cache
             rows, eval_rows = read_conversations(sources), read_conversations(held_out) if held_out else None
-        check_template(tokenizer, rows[0], own.assistant_only_loss)
+        check_template(tokenizer, rows, own.assistant_only_loss)
         model = _model(own, training, adapters)
-        options = {"max_length": own.sequence_length, "dataset_num_proc": own.num_proc}
+        options = {"max_length": length, "dataset_num_proc": own.num_proc}
         if "messages" in columns:
             options["assistant_only_loss"] = own.assistant_only_loss
-        return make_sft_trainer(model, training, tokenizer, rows, eval_rows, **options)
+        with one_line_errors():
+            trainer = make_sft_trainer(model, training, tokenizer, rows, eval_rows, **options)
+        if not len(trainer.train_dataset):
+            raise ValueError(f"no conversation has an answer within `sequence_length` ({length} tokens): raise it")
+        return trainer
     with training.main_process_first():
         text, eval_text = (
-            packed_blocks(some, tokenizer, own.sequence_length, num_proc=own.num_proc, seed=training.seed)
-            if some
-            else None
+            packed_blocks(some, tokenizer, length, num_proc=own.num_proc, seed=training.seed) if some else None
             for some in (sources, held_out)
         )
-    return MoHGETrainer(
-        _model(own, training, adapters),
-        training,
-        train_dataset=text,
-        eval_dataset=eval_text,
-        data_collator=collate_packed,
-        processing_class=tokenizer,
-    )
+    with one_line_errors():
+        return MoHGETrainer(
+            _model(own, training, adapters),
+            training,
+            train_dataset=text,
+            eval_dataset=eval_text,
+            data_collator=collate_packed,
+            processing_class=tokenizer,
+        )
 
 
 def _tokenizer(own: FinetuneArguments) -> PreTrainedTokenizerBase:

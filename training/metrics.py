@@ -3,8 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from mohge import MoHGEConfig
+
+
+def dense_parameters(model: nn.Module) -> int:
+    """Number of parameters that every token passes through: all but the routed experts and adapters on them."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." not in name)
 
 
 class RouterStatistics:
@@ -17,7 +23,7 @@ class RouterStatistics:
             Parameters that every token passes through: all but those of the routed experts.
 
     ```python
-    >>> statistics = RouterStatistics(model.config, model.num_parameters() - model.config.routed_parameters)
+    >>> statistics = RouterStatistics(model.config, dense_parameters(model))
     >>> outputs = model(**inputs, output_router_logits=True)
     >>> statistics.add(outputs.tokens_per_expert, tokens=inputs["attention_mask"].sum())
     >>> statistics.summary()["max_vio"]

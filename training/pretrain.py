@@ -28,8 +28,8 @@ from mohge.parallel_mohge import check_layout
 
 from .checkpointing import check_same_model
 from .corpus import STANDARD_LIBRARY, train_tokenizer
-from .data import TextSource, collate_packed, packed_blocks, parse_sources, read_rows
-from .recipe import open_run, parse_recipe, train_and_save
+from .data import TextSource, check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
+from .recipe import one_line_errors, open_run, parse_recipe, train_and_save
 from .trainer import MoHGETrainer
 
 
@@ -67,7 +67,7 @@ class PretrainArguments:
         metadata={"help": "Read text as it is needed, instead of tokenizing it all first. Needs max_steps."},
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Rows of a stream among which the next one is drawn (streaming)."}
+        default=1000, metadata={"help": "Sequences of a stream among which the next one is drawn (streaming)."}
     )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     tokenizer: str | None = field(
@@ -125,13 +125,12 @@ def run(arguments: list[str]) -> int:
         ValueError: if arguments contradict each other, the model or the text.
         OSError: if a file cannot be read.
     """
-    if not torch.accelerator.is_available():  # or else accelerate takes each process of a CPU run for the only one
-        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     (own, training), given = parse_recipe("mohge train", __doc__, [PretrainArguments, TrainingArguments], arguments)
     if own.model is None:
         raise ValueError(f"`model` is missing: name a config, a model or one of {', '.join(shipped_recipes())}")
     config = load_config(own.model)
     layout = own.layout(config)
+    check_sequence_length(own.sequence_length, config)
     sources = parse_sources(own.datasets, "datasets")
     held_out = parse_sources(own.eval_datasets or [], "eval_datasets")
     if own.streaming and training.max_steps <= 0:
@@ -152,7 +151,7 @@ def run(arguments: list[str]) -> int:
     if own.streaming:
         text = text.repeat(None)  # Trainer cannot go on in the second epoch of a stream
     dtype = own.dtype or config.dtype or "float32"
-    with _start(own, config, training, checkpoint) as start:
+    with _start(own, config, training, checkpoint) as start, one_line_errors():
         trainer = MoHGETrainer(
             # A checkpoint's own config has the tokenizer's padding token, whose embedding then gets no gradient.
             MoHGEForCausalLM.from_pretrained(start, config=config, dtype=dtype, distributed_config=layout),
@@ -233,7 +232,7 @@ def _characters(sources: list[TextSource], limit: int) -> Iterator[str]:
             if text is None and source.column in row:
                 continue
             if not isinstance(text, str):
-                raise ValueError(f"{source.path} has no text in its column `{source.column}`: name a `tokenizer`")
+                raise ValueError(f"{source.path} has no text in its column `{source.column}`: name it as `column`")
             yield text
             left -= len(text)
             if left <= 0:

@@ -2,12 +2,15 @@
 
 import argparse
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
@@ -15,6 +18,7 @@ from transformers.utils import CONFIG_NAME
 from mohge.model_cards.shipped import shipped_file
 
 from .callbacks import StopSignalCallback
+from .data import absolute
 from .trainer import MoHGETrainer
 
 
@@ -25,7 +29,7 @@ _NOT_RECORDED = {"resume_from_checkpoint", "hub_token"}
 _PATHS = {"model", "tokenizer", "datasets", "eval_datasets", "chat_template"}
 _MAY_DIFFER = {
     *("output_dir", "report_to", "run_name", "project", "trackio_space_id"),
-    *("disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "num_proc", "dataloader_num_workers"),
+    *("disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "num_proc"),
 }
 """Arguments of which a run that goes on may have others: what it computes does not depend on them."""
 
@@ -61,6 +65,10 @@ def parse_recipe(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)
+        # Or else accelerate takes each process of a CPU run for the only one.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
     parser.add_argument(
         "recipe", nargs="?", help="YAML file, or name of a shipped recipe, with values of the flags below"
     )
@@ -76,7 +84,39 @@ def parse_recipe(
                 yaml.safe_load(value)
             except yaml.YAMLError as error:
                 raise ValueError(f"`{name}` is {value}, which is no mapping ({error}): mend it") from error
-    return list(parser.parse_dict(values)), given
+    parsed = list(parser.parse_dict(values))
+    for training in (part for part in parsed if isinstance(part, TrainingArguments)):
+        _check_schedule(training)
+    return parsed, given
+
+
+def _check_schedule(training: TrainingArguments):
+    """Try the learning-rate schedule out, which `Trainer` does after everything else."""
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    if training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        return  # which need more than a number of steps
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=max(training.max_steps, 1),
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lr_scheduler_kwargs` is {training.lr_scheduler_kwargs}, which does not fit `lr_scheduler_type` "
+            f"{training.lr_scheduler_type.value}: {error}"
+        ) from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within this context, what a `Trainer` misses (a reporter, a device, a library) is a ValueError."""
+    try:
+        yield
+    except (ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _as_arguments(recipe: str) -> list[str]:
@@ -99,7 +139,7 @@ def _as_arguments(recipe: str) -> list[str]:
 
 
 def _as_text(value) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)  # a date, say
 
 
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
@@ -136,17 +176,40 @@ def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
             f"`output_dir` {folder} holds a model already: name another folder, or go on from one of its checkpoints "
             "with `resume_from_checkpoint`"
         )
-    elif (folder / RECIPE_NAME).exists() and last is not None:
-        before = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8")) or {}
-        now = _plain(given)
-        for name in sorted(before.keys() | now.keys()):
-            if name not in _MAY_DIFFER and before.get(name) != now.get(name):
-                raise ValueError(
-                    f"`output_dir` {folder} holds a run with `{name}` {before.get(name, 'by default')}, and here it "
-                    f"is {now.get(name, 'by default')}: give the same to go on, name another folder, or go on with "
-                    "other values with `resume_from_checkpoint`"
-                )
+    elif last is not None:
+        _check_same_run(folder, given)
     return checkpoint
+
+
+def is_finished(training: TrainingArguments, given: dict[str, Any]) -> bool:
+    """
+    Whether `output_dir` holds this run, finished.
+
+    Raises:
+        ValueError: if it holds a finished run with other arguments.
+    """
+    folder = Path(training.output_dir)
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return False
+    _check_same_run(folder, given)
+    return True
+
+
+def _check_same_run(folder: Path, given: dict[str, Any]):
+    if not (folder / RECIPE_NAME).exists():
+        return
+    try:
+        before = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / RECIPE_NAME} cannot be read ({error}): name another `output_dir`") from error
+    now = _plain(given)
+    for name in sorted(before.keys() | now.keys()):
+        if name not in _MAY_DIFFER and before.get(name) != now.get(name):
+            raise ValueError(
+                f"`output_dir` {folder} holds a run with `{name}` {before.get(name, 'by default')}, and here it is "
+                f"{now.get(name, 'by default')}: give the same to go on, name another folder, or go on with other "
+                "values with `resume_from_checkpoint`"
+            )
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
@@ -157,15 +220,13 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
             return [plain(entry) for entry in value]
         return yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
-    def absolute(value):
+    def placed(value):
         if isinstance(value, list):
-            return [absolute(entry) for entry in value]
-        if isinstance(value, dict):
-            return {**value, "path": absolute(value["path"])}
-        return str(Path(value).resolve()) if Path(value).exists() else value
+            return [placed(entry) for entry in value]
+        return {**value, "path": absolute(value["path"])} if isinstance(value, dict) else absolute(value)
 
     kept = {name: plain(value) for name, value in given.items() if name not in _NOT_RECORDED}
-    kept |= {name: absolute(kept[name]) for name in _PATHS & kept.keys()}
+    kept |= {name: placed(kept[name]) for name in _PATHS & kept.keys()}
     return json.loads(json.dumps(kept, default=str))  # enumerations become their text
 
 
@@ -183,7 +244,9 @@ def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str
     """
     if trainer.args.should_save:
         text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
-        (Path(trainer.args.output_dir) / RECIPE_NAME).write_text(text, encoding="utf-8")
+        written = Path(trainer.args.output_dir) / f".{RECIPE_NAME}.incomplete"
+        written.write_text(text, encoding="utf-8")
+        os.replace(written, written.with_name(RECIPE_NAME))
     if not trainer.load_finished(checkpoint):
         stop = StopSignalCallback()
         trainer.add_callback(stop)

@@ -11,12 +11,12 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM
 
-from .callbacks import RouterScheduleCallback, base_model, dense_parameters
+from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
     OPTIMIZER_FOLDER,
     check_same_model,
@@ -24,7 +24,7 @@ from .checkpointing import (
     load_scheduler,
     load_sharded_weights,
 )
-from .metrics import RouterStatistics
+from .metrics import RouterStatistics, dense_parameters
 from .traffic import RouterTraffic
 from .watchdog import PeerWatchdog
 
@@ -227,28 +227,39 @@ class MoHGETrainer(Trainer):
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
         """See `Trainer.push_to_hub`. A whole model goes there as by `mohge push`: loaded where mohge is missing first,
-        with its card, in one commit. That always blocks."""
-        if not isinstance(self.model, MoHGEForCausalLM):
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-        from mohge.model_cards.push import push_folder
-
+        with its card, in one commit; of adapters, nothing but they. That always blocks."""
         self.save_model(_internal_call=True)
         self.save_state()
         if not self.is_world_process_zero():
             return None
-        return push_folder(
-            self.args.output_dir,
-            self.args.hub_model_id or Path(self.args.output_dir).name,
-            private=self.args.hub_private_repo if private is None else private,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
-            tags=kwargs.get("tags"),
-        )
+        repo_id = self.args.hub_model_id or Path(self.args.output_dir).name
+        options = {
+            "private": self.args.hub_private_repo if private is None else private,
+            "token": token or self.args.hub_token,
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message,
+        }
+        if isinstance(self.model, MoHGEForCausalLM):
+            return self._push_folder(self.args.output_dir, repo_id, tags=kwargs.get("tags"), **options)
+        return self.model.push_to_hub(repo_id, **options)
+
+    def _push_folder(self, folder: str, repo_id: str, **options):
+        from mohge.model_cards.push import push_folder
+
+        return push_folder(folder, repo_id, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        if self._staging is None:  # not before the checkpoint is complete
-            super()._push_from_checkpoint(checkpoint_folder)
+        # Trainer uploads the output folder as it is, with paths of this machine and the token in training_args.bin.
+        complete, whole = self._staging is None, isinstance(self.model, MoHGEForCausalLM)
+        if complete and whole and self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self._push_folder(
+                checkpoint_folder,
+                self.args.hub_model_id or Path(self.args.output_dir).name,
+                private=self.args.hub_private_repo,
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if not self.is_distributed_loading_by_transformers:

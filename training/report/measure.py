@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mohge import MoHGEForCausalLM
 
-from ..metrics import RouterStatistics
+from ..metrics import RouterStatistics, dense_parameters
 
 
 _POSITIONS = 512
@@ -56,7 +56,7 @@ def evaluate_routing(model: MoHGEForCausalLM, batches: Iterable[dict[str, torch.
     """
     model.eval()
     config = model.config
-    statistics = RouterStatistics(config, model.num_parameters() - config.routed_parameters)
+    statistics = RouterStatistics(config, dense_parameters(model))
     widths = sorted({width for layer in statistics.layers for width in layer.expert_widths})
     # Column of each expert in the sums over groups and over widths; that of an empty slot, with id E, is the last.
     columns = [

@@ -15,6 +15,7 @@ from mohge import MoHGEConfig
 from mohge.cli import load_config
 
 from ..data import batches, packed_blocks, parse_sources
+from ..lora import known_patterns
 from ..traffic import RouterTraffic
 from .measure import RoutingEvaluation, evaluate_routing
 
@@ -94,7 +95,8 @@ def measure_text(record: Record, text: str, tokens: int) -> tuple[RoutingEvaluat
     except (OSError, ValueError) as error:
         raise ValueError(f"--text needs the model's tokenizer, and {record.model} has none: save it there") from error
     batches = read_text(text, tokenizer, record.config, tokens)
-    model = AutoModelForCausalLM.from_pretrained(record.model, dtype="auto")
+    with known_patterns():
+        model = AutoModelForCausalLM.from_pretrained(record.model, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate_routing(model, batches), tokenizer
 
