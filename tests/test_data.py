@@ -463,3 +463,24 @@ def test_sequence_length_must_be_positive(length, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     with pytest.raises(ValueError, match=rf"`sequence_length` is {length}"):
         blocks(source, length=length)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_licence_beside_the_data_is_no_data(streaming, tmp_path):
+    folder = tmp_path / "both"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", DOCUMENTS)
+    (folder / "LICENSE.txt").write_text("All mine.\n")
+    assert blocks(folder, streaming=streaming) == expected_blocks(IDS)
+
+
+def test_what_the_tokenizer_puts_in_front_stays_there(tmp_path):
+    """Also where it is the end-of-sequence token, as in OPT; and nothing of what it puts behind."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<cls>", "<sep>"], special_tokens=True)
+    begin, end = tokenizer.convert_tokens_to_ids(["<cls>", "<sep>"])
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    for template, first in (("<cls> $A <sep>", begin), ("<eos> $A", 0)):
+        specials = [("<cls>", begin), ("<sep>", end), ("<eos>", 0)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)
+        assert blocks(source, tokenizer=tokenizer) == expected_blocks([[first, *ids] for ids in IDS])

@@ -89,13 +89,9 @@ def test_results_are_added_and_replaced(saved, model):
         assert evaluate(model, "--datasets", source, "--sequence-length", length) == 0
     assert evaluate(model, "--datasets", text, "--sequence-length", LENGTH, "--tokens", 20) == 0  # is no replacement
     results = json.loads((model / "evaluation.json").read_text())["results"]
-    settings = [(result["dataset"]["path"], *result["settings"].values()) for result in results]
-    assert settings == [
-        (str(other), 8, None),
-        (str(text), 8, None),
-        (str(text), LENGTH, None),
-        (str(text), LENGTH, 20),
-    ]
+    found = [(result["dataset"]["path"], *result["settings"].values()) for result in results]
+    places = [str(other), str(text), str(text), str(text)]
+    assert found == list(zip(places, (8, 8, LENGTH, LENGTH), (None, None, None, 20), strict=True))
     assert results[2]["metrics"]["tokens"] == len(expected_losses(model))
 
 

@@ -72,6 +72,17 @@ def test_adapters_are_trained_alone_and_merged(place, capsys):
     assert "adapter_config.json" not in files
 
 
+def test_a_run_that_was_stopped_before_its_merge_goes_on_with_it(place, tmp_path):
+    flags = {"lora_rank": 2, "max_steps": 2}
+    assert finetune(place, "unmerged", merge=tmp_path / "merged", **flags) == 0
+    trained = (place / "unmerged" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "merged").rename(tmp_path / "expected")
+    assert finetune(place, "unmerged", merge=tmp_path / "merged", **flags) == 0
+    assert (place / "unmerged" / "adapter_model.safetensors").read_bytes() == trained
+    merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
 def test_a_trained_adapter_is_merged_on_its_own(place, tmp_path):
     assert finetune(place, "trained", lora_rank=2, lora_targets="experts", max_steps=2) == 0
     assert finetune(place, "unused", data=None, model="trained", merge=tmp_path / "merged") == 0
@@ -185,12 +196,18 @@ def test_an_adapter_run_that_is_killed_goes_on_to_the_same_weights(place):
         ({"lora_rank": 4, "merge": "PLACE/base"}, "exists: name another folder"),
         ({"data": None, "merge": "PLACE/new"}, "has no adapter_config.json"),
         ({"lora_rank": 0}, "`lora_rank` is 0"),
+        ({"lora_targets": "experts"}, "`lora_targets` is for adapters"),
+        ({"lora_alpha": 8}, "`lora_alpha` is for adapters"),
+        ({"lora_rank": 4, "merge": "PLACE/refused"}, "`merge` and `output_dir` are the same folder"),
+        ({"data": "chat.jsonl", "chat_template": "PLACE/broken.jinja"}, "the chat template cannot write"),
+        ({"sequence_length": 5000}, "`max_position_embeddings`"),
         ({"lora_rank": 4, "lora_targets": "router"}, "lora_targets"),
         ({"tokenizer": "PLACE/larger"}, "the tokenizer has 400 tokens"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing(place, flags, message, capsys):
     (place / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (place / "broken.jinja").write_text("{% for m in messages %}{{ m.content | nonsense }}{% endfor %}")
     larger = AutoTokenizer.from_pretrained(place / "base")
     larger.add_tokens([f"<extra_{i}>" for i in range(400 - len(larger))])
     larger.save_pretrained(place / "larger")
@@ -203,6 +220,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(place, flags, messa
     assert message in error
     assert not (place / "refused").exists()
     assert not (place / "new").exists()
+
+
+def test_conversations_that_are_all_too_long_are_refused(place, capsys):
+    assert finetune(place, "short", "chat.jsonl", sequence_length=2) == 2
+    assert "no conversation has an answer within `sequence_length` (2 tokens)" in capsys.readouterr().err
+    assert not list((place / "short").glob("*"))
 
 
 def test_an_adapter_is_no_model_to_train(place, capsys):

@@ -116,8 +116,8 @@ def test_evaluation_becomes_a_model_index(tmp_path):
     ]
     assert found[0].dataset_revision == "abc"
     assert "| org/text, plain, test |  | perplexity | 12.5000 |" in card.text
-    assert "| org/text, plain, test | tokens | 4,096 |" in card.text
-    assert "| arc_easy | acc_stderr,none | 0.0100 |" in card.text
+    assert "| org/text, plain, test |  | tokens | 4,096 |" in card.text
+    assert "| arc_easy |  | acc_stderr,none | 0.0100 |" in card.text
     assert f"averaged over layers: {statistics.summary()['max_vio']:.2f}\n" in card.text
     assert "On the evaluation text" in card.text
     assert card.text.count("\n| 0 | 8 | 2 |") == 1
@@ -286,3 +286,15 @@ def test_folder_that_is_no_model_is_refused(flaw, tmp_path, capsys):
     (line,) = printed.err.splitlines()
     hint = {"bin": ".bin only", "adapter": "merge", "base_model": "MoHGEModel", "shard": "lacks", "name": "no/such"}
     assert hint.get(flaw, "model") in line
+
+
+def test_results_on_part_of_the_data_are_no_results_of_it(tmp_path):
+    metrics = {"perplexity": 12.5, "tokens": 40}
+    parts = [{"first_tokens": 40, "sequence_length": 8}, {"limit": 3, "num_fewshot": 1}, {"sequence_length": 8}]
+    names = [{"dataset": {"path": "org/text", "split": "test"}}, {"task": "arc_easy"}, {"task": "whole"}]
+    results = [{**name, "settings": part, "metrics": metrics} for name, part in zip(names, parts, strict=True)]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"results": results}))
+    card = make_card(tmp_path, NAME, make_config())
+    assert [result.dataset_type for result in ModelCard(str(card)).data.eval_results] == ["whole"]
+    assert "| org/text, test | first tokens 40, sequence length 8 | perplexity | 12.5000 |" in card.text
+    assert "| arc_easy | limit 3, num fewshot 1 | perplexity | 12.5000 |" in card.text
