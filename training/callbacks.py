@@ -1,4 +1,4 @@
-"""Callbacks for any `Trainer`. [`MoHGETrainer`] has the first two on its own."""
+"""Callbacks for any `Trainer`. [`MoHGETrainer`] has the first on its own, and logs what the second adds."""
 
 import signal
 import threading

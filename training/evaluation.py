@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mohge.cli import load_config
+    from mohge.conversion.staging import write_file
     from mohge.model_cards.shipped import shipped_file
 
     from .data import absolute, check_sequence_length, parse_sources
@@ -135,9 +135,7 @@ def run(options: argparse.Namespace) -> int:
     kept = [old for old in results["results"] if not any(_same_subject(old, result) for result in new)]
     results["results"] = kept + new
     if file is not None:
-        temporary = file.with_name(f".{file.name}.incomplete")
-        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        write_file(file, json.dumps(results, indent=2) + "\n")
         print(f"written: {file}")
     return 0
 

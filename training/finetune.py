@@ -14,20 +14,16 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.utils import logging
 
-from mohge import MoHGEForCausalLM
+from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.cli import load_config, main
 
 from .conversations import check_template, has_conversations, read_conversations
 from .data import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
 from .lora import known_patterns, lora_config
 from .merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
-from .recipe import is_finished, one_line_errors, open_run, parse_recipe, train_and_save
+from .recipe import held_out_sources, is_finished, one_line_errors, open_run, parse_recipe, train_and_save
 from .trainer import MoHGETrainer
-
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -118,23 +114,23 @@ def run(arguments: list[str]) -> int:
         raise ValueError("`model` is missing: name a model folder or a Hub id")
     if own.datasets is None:
         return _without_training(own, training)
-    adapters = _adapters(own, training.output_dir)
+    if (Path(own.model) / ADAPTER_CONFIG).exists():
+        raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
+    config = load_config(own.model)
+    adapters = _adapters(own, config, training.output_dir)
     if own.merge is not None and is_finished(training, given):  # and stopped before the merge
         return _merge(training.output_dir, own)
     with training.main_process_first(local=False):
         checkpoint = open_run(training, given)
-    trainer = _trainer(own, training, adapters)
+    trainer = _trainer(own, config, training, adapters)
     if not train_and_save(trainer, given, checkpoint):
         print("mohge finetune: stopped, the same command goes on from here", file=sys.stderr)
         return 1
     return _merge(training.output_dir, own) if own.merge is not None and training.should_save else 0
 
 
-def _adapters(own: FinetuneArguments, output_dir: str) -> LoraConfig | None:
+def _adapters(own: FinetuneArguments, config: MoHGEConfig, output_dir: str) -> LoraConfig | None:
     """The adapters to train; None to train all weights."""
-    if (Path(own.model) / ADAPTER_CONFIG).exists():
-        raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
-    config = load_config(own.model)
     if own.merge is not None:
         if own.lora_rank is None:
             raise ValueError("`merge` is for adapters, and this trains all weights: give `lora_rank`, or leave it out")
@@ -195,15 +191,14 @@ def _quantization():
     return quantization
 
 
-def _trainer(own: FinetuneArguments, training: TrainingArguments, adapters: LoraConfig | None) -> MoHGETrainer:
+def _trainer(
+    own: FinetuneArguments, config: MoHGEConfig, training: TrainingArguments, adapters: LoraConfig | None
+) -> MoHGETrainer:
     sources = parse_sources(own.datasets, "datasets")
-    held_out = parse_sources(own.eval_datasets or [], "eval_datasets")
-    if held_out and training.eval_strategy == "no":
-        logger.warning("`eval_datasets` is not used: `eval_strategy` is no")
-        held_out = []
-    length = check_sequence_length(own.sequence_length, load_config(own.model))
+    held_out = held_out_sources(own.eval_datasets, training)
+    length = check_sequence_length(own.sequence_length, config)
     columns = next(iter(read_rows(sources[0]))).keys()
-    tokenizer = _tokenizer(own)
+    tokenizer = _tokenizer(own, config.vocab_size)
     if has_conversations(columns):
         try:
             from .sft import make_sft_trainer
@@ -212,7 +207,7 @@ def _trainer(own: FinetuneArguments, training: TrainingArguments, adapters: Lora
         with training.main_process_first():  # the others read its cache
             rows, eval_rows = read_conversations(sources), read_conversations(held_out) if held_out else None
         check_template(tokenizer, rows, own.assistant_only_loss)
-        model = _model(own, training, adapters)
+        model = _model(own, config, training, adapters)
         options = {"max_length": length, "dataset_num_proc": own.num_proc}
         if "messages" in columns:
             options["assistant_only_loss"] = own.assistant_only_loss
@@ -228,7 +223,7 @@ def _trainer(own: FinetuneArguments, training: TrainingArguments, adapters: Lora
         )
     with one_line_errors():
         return MoHGETrainer(
-            _model(own, training, adapters),
+            _model(own, config, training, adapters),
             training,
             train_dataset=text,
             eval_dataset=eval_text,
@@ -237,13 +232,12 @@ def _trainer(own: FinetuneArguments, training: TrainingArguments, adapters: Lora
         )
 
 
-def _tokenizer(own: FinetuneArguments) -> PreTrainedTokenizerBase:
+def _tokenizer(own: FinetuneArguments, vocab_size: int) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or own.model)
-    size = load_config(own.model).vocab_size
-    if len(tokenizer) > size:
+    if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, and the model's `vocab_size` is {size}: name the model's own "
-            "as `tokenizer`"
+            f"the tokenizer has {len(tokenizer)} tokens, and the model's `vocab_size` is {vocab_size}: name the "
+            "model's own as `tokenizer`"
         )
     if own.chat_template is not None:
         tokenizer.chat_template = Path(own.chat_template).read_text(encoding="utf-8")
@@ -251,10 +245,9 @@ def _tokenizer(own: FinetuneArguments) -> PreTrainedTokenizerBase:
 
 
 def _model(
-    own: FinetuneArguments, training: TrainingArguments, adapters: LoraConfig | None
+    own: FinetuneArguments, config: MoHGEConfig, training: TrainingArguments, adapters: LoraConfig | None
 ) -> MoHGEForCausalLM | PeftModel:
     """The model to train: all of it, or frozen with adapters."""
-    config = load_config(own.model)
     options = {"dtype": own.dtype or config.dtype or "float32"}
     if own.quantize is not None:
         quantization = _quantization()

@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.utils import logging
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.cli import load_config, main
@@ -29,11 +28,9 @@ from mohge.parallel_mohge import check_layout
 from .checkpointing import check_same_model
 from .corpus import STANDARD_LIBRARY, train_tokenizer
 from .data import TextSource, check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
-from .recipe import one_line_errors, open_run, parse_recipe, train_and_save
+from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, train_and_save
 from .trainer import MoHGETrainer
 
-
-logger = logging.get_logger(__name__)
 
 TOKENIZER_TEXT = 50_000_000
 """Characters of the training text that a tokenizer is trained on, where none is given."""
@@ -132,12 +129,9 @@ def run(arguments: list[str]) -> int:
     layout = own.layout(config)
     check_sequence_length(own.sequence_length, config)
     sources = parse_sources(own.datasets, "datasets")
-    held_out = parse_sources(own.eval_datasets or [], "eval_datasets")
+    held_out = held_out_sources(own.eval_datasets, training)
     if own.streaming and training.max_steps <= 0:
         raise ValueError("`streaming` needs `max_steps`: the length of a stream is not known")
-    if held_out and training.eval_strategy == "no":
-        logger.warning("`eval_datasets` is not used: `eval_strategy` is no")
-        held_out = []
     with training.main_process_first(local=False):
         checkpoint = open_run(training, given)
     if checkpoint is not None:

@@ -13,14 +13,17 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
+from mohge.conversion.staging import write_file
 from mohge.model_cards.shipped import shipped_file
 
 from .callbacks import StopSignalCallback
-from .data import absolute
+from .data import TextSource, absolute, parse_sources
 from .trainer import MoHGETrainer
 
+
+logger = logging.get_logger(__name__)
 
 RECIPE_NAME = "recipe.yaml"
 """File of a run's folder that holds its arguments, those that differ from their defaults."""
@@ -142,6 +145,15 @@ def _as_text(value) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)  # a date, say
 
 
+def held_out_sources(entries: list[str] | None, training: TrainingArguments) -> list[TextSource]:
+    """The sources of `eval_datasets`, or none, with a warning, if nothing evaluates on them."""
+    sources = parse_sources(entries or [], "eval_datasets")
+    if sources and training.eval_strategy == "no":
+        logger.warning("`eval_datasets` is not used: `eval_strategy` is no")
+        return []
+    return sources
+
+
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
     """
     Look at `output_dir`, before anything else is done, and write nothing.
@@ -244,9 +256,7 @@ def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str
     """
     if trainer.args.should_save:
         text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
-        written = Path(trainer.args.output_dir) / f".{RECIPE_NAME}.incomplete"
-        written.write_text(text, encoding="utf-8")
-        os.replace(written, written.with_name(RECIPE_NAME))
+        write_file(Path(trainer.args.output_dir) / RECIPE_NAME, text)
     if not trainer.load_finished(checkpoint):
         stop = StopSignalCallback()
         trainer.add_callback(stop)
