@@ -196,7 +196,7 @@ class MoHGEConfig(PreTrainedConfig):
 
     model_type = "mohge"
     keys_to_ignore_at_inference = [
-        "past_key_values",
+        "cache",
         "aux_loss",
         "router_losses",
         "tokens_per_expert",

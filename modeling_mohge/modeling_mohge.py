@@ -1,8 +1,9 @@
 """PyTorch MoHGE model: a decoder with mixtures of SwiGLU experts of different width."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial, wraps
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,9 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.integrations import use_experts_implementation
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -27,6 +30,7 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -152,7 +156,7 @@ class MoHGEAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -177,8 +181,8 @@ class MoHGEAttention(nn.Module):
             states.transpose(1, 2) for states in (query_states, key_states, value_states)
         )
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -295,7 +299,7 @@ class MoHGESparseMoeBlock(nn.Module):
             output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
             return output + self._shared_output(hidden_states)
         # Tokens that travel to other ranks leave time to compute the shared expert.
-        shared_output = experts.meanwhile = cache(partial(self._shared_output, hidden_states))
+        shared_output = experts.meanwhile = functools.cache(functools.partial(self._shared_output, hidden_states))
         try:
             output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
         finally:  # gradient checkpointing ends its second run with an exception
@@ -330,7 +334,7 @@ class MoHGEDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -339,7 +343,7 @@ class MoHGEDecoderLayer(GradientCheckpointingLayer):
         hidden_states, _ = self.self_attn(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_embeddings=position_embeddings,
             **kwargs,
         )
@@ -352,7 +356,6 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoHGEDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -413,6 +416,25 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoHGEForCausalLM):
             init.constant_(module.training_progress, -1.0)
 
+    def refuse_unknown(self, arguments: dict):
+        """
+        Check that some part of the model, or of transformers around it, takes each of these keyword arguments.
+
+        Every forward here hands on what it does not know, as transformers' models do. A name that changed inside
+        transformers would otherwise be lost without a word, and with it the cache, say.
+
+        Raises:
+            TypeError: naming the arguments that nothing takes.
+        """
+        unknown = arguments.keys() - _KNOWN_ARGUMENTS
+        if unknown:
+            unknown -= _names_taken_by(self.config._attn_implementation)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}.forward() got {', '.join(f'`{name}`' for name in sorted(unknown))}, which no "
+                "part of the model takes: remove it, or mend its name"
+            )
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """See `PreTrainedModel.save_pretrained`. The checkpoint carries this code and loads as `AutoModel` and as
         `AutoModelForCausalLM`, whichever of the two was saved."""
@@ -431,6 +453,12 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             save_code(save_directory)
 
 
+@torch.compiler.assume_constant_result
+def _names_taken_by(attention: str) -> set[str]:
+    """Names of the arguments of an attention implementation, an engine's own among them."""
+    return set(inspect.signature(ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager_attention_forward)).parameters)
+
+
 AUTO_MAP = {"AutoModel": "modeling_mohge.MoHGEModel", "AutoModelForCausalLM": "modeling_mohge.MoHGEForCausalLM"}
 """What the config of a checkpoint that carries its code says under `auto_map`."""
 
@@ -443,7 +471,7 @@ def save_code(save_directory):
 def _add_group_logits(forward: Callable) -> Callable:
     """Let `output_router_logits` bring the group logits too, for every router."""
 
-    @wraps(forward)
+    @functools.wraps(forward)
     def wrapper(self, *args, **kwargs):
         wanted = kwargs.get("output_router_logits")
         if not (self.config.output_router_logits if wanted is None else wanted):
@@ -486,12 +514,13 @@ class MoHGEModel(MoHGEPreTrainedModel):
     @_add_group_logits
     @merge_with_config_defaults
     @capture_outputs
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -501,16 +530,18 @@ class MoHGEModel(MoHGEPreTrainedModel):
         transformers decoder. Each `output_*` argument named in [`MoHGEModelOutputWithPast`] fills its field.
 
         Raises:
+            TypeError: if an argument is one that no part of the model takes.
             ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
         """
+        self.refuse_unknown(kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
@@ -520,7 +551,7 @@ class MoHGEModel(MoHGEPreTrainedModel):
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                "cache": cache,
                 "position_ids": position_ids,
             }
             mask_functions = {
@@ -542,7 +573,7 @@ class MoHGEModel(MoHGEPreTrainedModel):
                 hidden_states,
                 attention_mask=causal_masks[kind],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 position_embeddings=position_embeddings,
                 use_cache=use_cache,
                 **kwargs,
@@ -551,7 +582,7 @@ class MoHGEModel(MoHGEPreTrainedModel):
 
         for router in corrected_routers:
             router.gather_logit_mean(_token_mask(attention_mask, hidden_states))
-        return MoHGEModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return MoHGEModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
 
 def _token_mask(attention_mask: torch.Tensor | dict | None, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -613,12 +644,13 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
         return super().generate_batch(*args, **kwargs)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -661,7 +693,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **captured,
@@ -677,7 +709,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             loss=loss,
             lm_loss=None if loss is None else loss.detach().clone(),  # Trainer scales `loss` in place
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -738,6 +770,19 @@ def _share_of_targets(
     targets = labels[..., 1:] if shift_labels is None else shift_labels
     return targets.ne(-100).sum(-1) / num_items_in_batch
 
+
+# What may be in the keyword arguments that forward functions hand on: what they name themselves, outputs to collect,
+# and what transformers' loss, attention and continuous batching read.
+_KNOWN_ARGUMENTS = frozenset(
+    {f"output_{name}" for name in MoHGEPreTrainedModel._can_record_outputs}
+    | TransformersKwargs.__annotations__.keys()
+    | PagedAttentionArgs.__annotations__.keys()
+    | {
+        name
+        for function in (MoHGEForCausalLM.forward, MoHGEModel.forward, MoHGEAttention.forward, ForCausalLMLoss)
+        for name in inspect.signature(function).parameters
+    }
+) - {"labels", "kwargs"}
 
 # Trainer shifts labels under label smoothing only for class names in this table, which `register` does not fill.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mohge", MoHGEForCausalLM.__name__)

@@ -53,12 +53,12 @@ def test_cache_step_by_step_equals_the_full_forward(name):
     ids = make_ids(2, 12)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        assert model(ids).past_key_values.get_seq_length() == 12
+        assert model(ids).cache.get_seq_length() == 12
         cache = DynamicCache(config=model.config)
         parts = []
         for chunk in ids.split([5, 1, 2, 1, 1, 1, 1], dim=1):
-            output = model(chunk, past_key_values=cache)
-            assert output.past_key_values is cache
+            output = model(chunk, cache=cache)
+            assert output.cache is cache
             parts.append(output.logits)
     assert_close(torch.cat(parts, 1), expected)
 

@@ -19,6 +19,8 @@ from model_cases import (
     train,
 )
 from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -251,3 +253,35 @@ def test_training_compiles_without_graph_breaks(name):
         results.append((train(function, steps=2), model))
     torch.compiler.reset()
     assert_same_training(*results, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("whole", [True, False], ids=["causal_lm", "base"])
+def test_an_argument_that_nothing_takes_is_refused(whole, compiled):
+    model = make_model() if whole else make_model().model
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with pytest.raises(TypeError, match="`key_values`, `past_keys`, which no part of the model takes"):
+        model(make_ids(), past_keys=None, key_values=None)
+    # What transformers passes around is not refused, nor what somebody else's attention implementation names.
+    seen = []
+
+    def foreign_attention(module, query, key, value, attention_mask, instances=None, **kwargs):
+        seen.append(instances)
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("foreign", foreign_attention)
+    model.set_attn_implementation("foreign")
+    with torch.no_grad():
+        forward(make_ids(), instances="theirs", num_items_in_batch=7, is_causal=True, output_attentions=False)
+    assert seen == ["theirs"] * 2
+    model.set_attn_implementation("eager")
+    with pytest.raises(TypeError, match="`instances`"):
+        model(make_ids(), instances="theirs")
+
+
+def test_the_old_name_of_the_cache_is_still_taken():
+    model = make_model()
+    with torch.no_grad():
+        expected = model(make_ids()).logits[:, -1]
+        cache = model(make_ids()[:, :-1]).cache
+        assert_close(model(make_ids()[:, -1:], past_key_values=cache).logits[:, -1], expected)
