@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import ATTENTIONS, VARIANTS, VOCABULARY, assert_close, make_ids, make_model, make_padded_ids
-from transformers import DynamicCache, GenerationConfig
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 
@@ -73,6 +74,59 @@ def test_generation_is_the_same_for_every_cache(name):
         output = model.generate(make_ids(2, 6), cache_implementation=cache, **arguments)
         assert torch.equal(output.sequences, expected.sequences)
         assert_close(torch.stack(output.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("name", ["two_level", "top_p", "mixed_windows", "latent"])
+def test_sampling_and_beams_are_the_same_for_every_cache(name):
+    model = make_model(**VARIANTS[name])
+    ids = make_ids(2, 6)
+    results = [model.generate(ids, max_new_tokens=8)]
+    for mode in ({"do_sample": True}, {"num_beams": 3}, {"do_sample": True, "num_beams": 3}):
+        sequences = []
+        for cache in ({"use_cache": False}, {"cache_implementation": "dynamic"}, {"cache_implementation": "static"}):
+            torch.manual_seed(0)
+            sequences.append(model.generate(ids, max_new_tokens=8, **mode, **cache))
+        assert torch.equal(sequences[0], sequences[1])
+        assert torch.equal(sequences[0], sequences[2])
+        assert not any(torch.equal(sequences[0], other) for other in results)
+        results.append(sequences[0])
+
+
+@pytest.mark.parametrize("name", ["two_level", "top_p", "mixed_windows", "latent"])
+def test_proposed_tokens_change_nothing(name):
+    """A draft model or the prompt proposes tokens; the cache gives up those that the model rejects."""
+    model, draft = make_model(**VARIANTS[name]), make_model(**VARIANTS[name])
+    with torch.no_grad():  # so that it is right about some tokens, not about all
+        draft.lm_head.weight.add_(torch.randn_like(draft.lm_head.weight), alpha=0.1)
+    draft.generation_config.update(
+        num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    ids = make_ids(1, 6).repeat(1, 2)
+    expected = model.generate(ids, max_new_tokens=16, use_cache=False)
+    lengths.clear()
+    for proposals in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(model.generate(ids, max_new_tokens=16, **proposals), expected)
+    assert len(lengths) < 2 * 16  # some tokens were accepted,
+    assert sum(lengths) > 2 * (12 + 16)  # and some rejected
+
+
+def test_generation_compiles_without_graph_breaks():
+    """What `generate` does by itself on a GPU, which also prepares the masks of both kinds of layers."""
+    model = make_model(**ATTENTIONS["mixed_windows"], router_type="top_p")
+    compile_config = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True  # on a CPU too
+    expected = model.generate(make_ids(2, 6), max_new_tokens=8, use_cache=False)
+    counters.clear()
+    actual = model.generate(
+        make_ids(2, 6), max_new_tokens=8, cache_implementation="static", compile_config=compile_config
+    )
+    assert counters["stats"]["unique_graphs"] > 0
+    torch.compiler.reset()
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["two_level", "top_p", "sliding_window", "mixed_windows"])
