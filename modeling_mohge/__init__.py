@@ -5,6 +5,7 @@ Importing this package registers `model_type="mohge"` with `AutoConfig`, `AutoMo
 
 # First: it says in one line what the imports below cannot, where transformers is too old for them.
 from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
+from . import quiet  # isort: skip # noqa: F401
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
