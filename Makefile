@@ -2,14 +2,21 @@ PYTHON ?= python3
 # Installed first and by itself: where the index offers a CPU build, later ranges are then already satisfied.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+FLOOR_BIN := .venv-floor/bin
+# What depends most on other packages: model, generation, Trainer, saving, code in checkpoints, conversion, adapters.
+FLOOR_TESTS := $(addprefix tests/test_, versions.py quiet.py modeling.py generation.py trainer.py trainer_checkpoints.py \
+	checkpoints.py remote_code.py convert_mixtures.py lora.py finetune.py quantization.py)
 
-.PHONY: demo test style
+.PHONY: demo test test-floor style
 
 demo: .venv/installed  ## Train, save, reload and sample a small model on real text (under 5 minutes on 2 cores).
 	$(BIN)/mohge demo
 
 test: .venv/installed  ## Run the tests on CPU.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-floor: .venv-floor/installed  ## Run the tests that concern other packages on the oldest versions of these.
+	OMP_NUM_THREADS=1 $(FLOOR_BIN)/python -m pytest -n 2 --dist loadfile $(FLOOR_TESTS)
 
 style: .venv/installed  ## Check lint and format.
 	$(BIN)/ruff check .
@@ -19,4 +26,12 @@ style: .venv/installed  ## Check lint and format.
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+.venv-floor/installed: pyproject.toml .ci/floors.py
+	$(PYTHON) -m venv .venv-floor
+	$(FLOOR_BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(FLOOR_BIN)/python .ci/floors.py > .venv-floor/constraints.txt
+	$(FLOOR_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv-floor/constraints.txt \
+		--editable ".[gpu,sft,quantization]" parameterized pytest pytest-xdist
 	touch $@

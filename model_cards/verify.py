@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from mohge import MoHGEForCausalLM
 
 from .card import PROMPT, has_tokenizer
+from .reload import CACHE_TOLERANCE
 from .reload import __file__ as RELOAD
 
 
@@ -31,6 +32,7 @@ def verify(folder: Path, original: Path | PreTrainedModel):
     """
     Load `folder` with `trust_remote_code=True` in a process where mohge is missing, offline, and compare its logits in
     float32 with those of `original`, on tokens drawn with a seed and, if there is a tokenizer, on the card's prompt.
+    Generation with a cache must there also compute what a forward without one does.
 
     Args:
         folder (`Path`): Folder to check, with the model's code.
@@ -38,7 +40,7 @@ def verify(folder: Path, original: Path | PreTrainedModel):
             Folder to load in this process with the installed mohge, or the model itself.
 
     Raises:
-        ReloadError: if `folder` does not load, or its logits differ or are not finite.
+        ReloadError: if `folder` does not load, or its logits differ, are not finite or change with a cache.
         ValueError: if `original` does not load.
     """
     model = _load(original) if isinstance(original, Path) else copy.deepcopy(original).float()
@@ -54,6 +56,12 @@ def verify(folder: Path, original: Path | PreTrainedModel):
     actual = _reload(folder, inputs)
     for name, logits in expected.items():
         _compare(logits, actual[name])
+    error = actual["cache_error"].item()
+    if not error <= CACHE_TOLERANCE:
+        raise ReloadError(
+            f"generation with a cache computes other logits than a forward without one: relative error {error:.2g}, "
+            f"of which rounding explains {CACHE_TOLERANCE:g}"
+        )
 
 
 def _load(folder: Path) -> MoHGEForCausalLM:

@@ -3,6 +3,10 @@
 Importing this package registers `model_type="mohge"` with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
 """
 
+# First: it says in one line what the imports below cannot, where transformers is too old for them.
+from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
+from . import quiet  # isort: skip # noqa: F401
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_mohge import MoHGEConfig

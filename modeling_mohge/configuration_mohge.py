@@ -1,5 +1,8 @@
 """MoHGE model configuration."""
 
+# First: it says in one line what the imports below cannot, where transformers is too old for them.
+from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
+
 import math
 from collections.abc import Iterator
 from typing import Literal

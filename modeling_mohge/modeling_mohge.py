@@ -1,5 +1,8 @@
 """PyTorch MoHGE model: a decoder with mixtures of SwiGLU experts of different width."""
 
+# First: it says in one line what the imports below cannot, where transformers is too old for them.
+from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
+
 import functools
 import inspect
 from collections.abc import Callable

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge import MoHGEConfig, MoHGEForCausalLM, MoHGEModel
 from mohge.cli import main
 from mohge.info import parameter_counts
 
@@ -146,6 +146,7 @@ def test_demo(router, tmp_path):
     before, after = re.search(r"perplexity: ([\d,.]+) before training, ([\d,.]+) after", done.stdout).groups()
     assert float(after.replace(",", "")) < 0.9 * float(before.replace(",", ""))
     assert "logits identical" in done.stdout
+    assert float(re.search(r"with a cache: logits differ by (\S+)$", done.stdout, re.MULTILINE)[1]) < 1e-4
     rows = re.findall(r"^ +(\d) +(\d+) +4 +([\d,]+) ", done.stdout, re.MULTILINE)
     assert [(group, width) for group, width, _ in rows] == [("0", "64"), ("1", "128"), ("2", "192"), ("3", "256")]
     choices = sum(int(count.replace(",", "")) for _, _, count in rows)
@@ -164,6 +165,16 @@ def test_demo(router, tmp_path):
     tokens = tokenizer("import os\n", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(tokens[0]) == "import os\n"
     assert torch.isfinite(model(tokens).logits).all()
+
+
+def test_demo_fails_if_the_cache_is_lost(tmp_path, monkeypatch, capsys):
+    forward = MoHGEModel.forward
+    monkeypatch.setattr(
+        MoHGEModel, "forward", lambda self, *args, cache=None, **kwargs: forward(self, *args, **kwargs)
+    )
+    assert main(["demo", "--steps", "1", "--output", str(tmp_path / "out")]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "CHECK FAILED" in line]
+    assert any(line.startswith("generated with a cache: ") for line in lines)
 
 
 def test_demo_refuses_an_existing_folder(tmp_path):

@@ -8,6 +8,9 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
+from mohge import MoHGEModel
+from mohge.model_cards.reload import CACHE_TOLERANCE, cache_error
+
 
 @pytest.mark.parametrize("padded", [False, True], ids=["no_padding", "left_padding"])
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -127,6 +130,32 @@ def test_generation_compiles_without_graph_breaks():
     assert counters["stats"]["unique_graphs"] > 0
     torch.compiler.reset()
     assert torch.equal(actual, expected)
+
+
+def test_check_of_the_cache_tells_faults_from_rounding(monkeypatch):
+    forward, update = MoHGEModel.forward, DynamicCache.update
+
+    def shifted(self, input_ids, position_ids, **kwargs):
+        if input_ids.shape[1] == 1:
+            position_ids = position_ids + 1
+        return forward(self, input_ids, position_ids=position_ids, **kwargs)
+
+    def confused(self, keys, values, *args, **kwargs):
+        keys, values = update(self, keys, values, *args, **kwargs)
+        return keys.roll(1, 2), values
+
+    for name in ("two_level", "top_p", "grouped_query", "mixed_windows", "latent"):
+        model = make_model(**VARIANTS[name])
+        assert cache_error(model, make_ids(2, 20)) < 1e-5
+        assert cache_error(model, make_ids(1, 1)) < 1e-5
+        for owner, method, fault in (
+            (MoHGEModel, "forward", lambda self, *args, cache=None, **kwargs: forward(self, *args, **kwargs)),
+            (MoHGEModel, "forward", shifted),
+            (DynamicCache, "update", confused),
+        ):
+            with monkeypatch.context() as broken:
+                broken.setattr(owner, method, fault)
+                assert cache_error(model, make_ids(2, 20)) > 5 * CACHE_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["two_level", "top_p", "sliding_window", "mixed_windows"])

@@ -17,7 +17,8 @@ from mohge import MoHGEForCausalLM
 from mohge.training import MoHGETrainer
 
 
-CODE = {f"{name}_mohge.py" for name in ("configuration", "experts", "losses", "modeling", "parallel", "routing")}
+PARTS = ("configuration", "experts", "losses", "modeling", "parallel", "routing", "versions")
+CODE = {f"{name}_mohge.py" for name in PARTS}
 MODEL = {"README.md", "config.json", "generation_config.json", "model.safetensors", *CODE}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
@@ -262,7 +263,10 @@ def test_dry_run_needs_no_hub(shell, model):
     assert result.status == 0
     assert len(shell.hub.requests) == requests
     assert result.out.startswith("---\n")
-    listed = {line.split()[1]: int(line.split()[0].replace(",", "")) for line in result.out.splitlines()[-12:]}
+    listed = {
+        line.split()[1]: int(line.split()[0].replace(",", ""))
+        for line in result.out.splitlines()[-len(MODEL | TOKENIZER) :]
+    }
     assert listed.keys() == {*MODEL, *TOKENIZER}
     assert listed["model.safetensors"] == (model / "model.safetensors").stat().st_size
 

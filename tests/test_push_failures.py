@@ -85,6 +85,34 @@ def test_folder_that_does_not_work_is_refused_before_any_request(flaw, shell, tm
     assert f"{USER}/{flaw}" not in shell.hub.repositories
 
 
+def test_folder_whose_cache_is_lost_is_refused(shell, tmp_path):
+    """The code that is staged is that of this installation: what is broken here is a copy of it."""
+    folder = save_model(tmp_path / "model", tokenizer=False)
+    code = f"""
+import mohge.model_cards.push as push
+from mohge.cli import main
+stage = push.stage
+def stage_broken(folder, target, *arguments, **about):
+    card = stage(folder, target, *arguments, **about)
+    file = target / "modeling_mohge.py"
+    text = file.read_text()
+    broken = text.replace("                cache=cache,", "                cache=None,")
+    assert broken != text
+    file.write_text(broken)
+    return card
+push.stage = stage_broken
+try:
+    assert main(["push", {str(folder)!r}, "{USER}/forgetful"]) == 1
+finally:
+    push.stage = stage
+"""
+    requests = len(shell.hub.requests)
+    result = shell.run(code)
+    assert "Traceback" not in result.err
+    assert result.line.startswith("mohge push: nothing was pushed: generation with a cache computes other logits")
+    assert len(shell.hub.requests) == requests
+
+
 def test_private_repository(shell, model):
     assert shell.push(model, f"{USER}/secret", "--private").status == 0
     assert shell.hub.repositories[f"{USER}/secret"].private

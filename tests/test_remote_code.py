@@ -64,7 +64,10 @@ for path in map(Path, sys.argv[1:]):
         without_kernels = model(expected["input_ids"]).logits
         base.set_experts_implementation("eager")
         hidden = base(expected["input_ids"]).last_hidden_state
-        generated = model.generate(expected["input_ids"], max_new_tokens=4, do_sample=False)
+        generated = [
+            model.generate(expected["input_ids"], max_new_tokens=4, do_sample=False, use_cache=use_cache)
+            for use_cache in (True, False)
+        ]
     model.train()
     loss = model(expected["input_ids"], labels=expected["input_ids"]).loss
     loss.backward()
@@ -76,7 +79,7 @@ for path in map(Path, sys.argv[1:]):
         "same_logits": {name: torch.equal(value, expected["logits"][name]) for name, value in logits.items()},
         "falls_back": torch.equal(without_kernels, expected["logits"]["grouped_mm"]),
         "same_hidden": torch.equal(model.lm_head(hidden), expected["logits"]["eager"]),
-        "same_tokens": torch.equal(generated, expected["generated"]),
+        "same_tokens": all(torch.equal(tokens, expected["generated"]) for tokens in generated),
         "loss": loss.item(),
         "without_gradient": [name for name, p in model.named_parameters() if p.grad is None],
         "saved_again": sorted(file.name for file in again.glob("*.py")),
@@ -125,7 +128,35 @@ print(json.dumps(report))
 """
 
 
-def run_python(code: str, home: Path, *arguments) -> dict:
+GENERATE = """
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(1)
+report = []
+for path in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    ids = torch.arange(1, 10)[None]
+    for use_cache in (True, False):
+        report.append(model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use_cache).tolist())
+print(json.dumps(report))
+"""
+
+SAVE_AGAIN = """
+import sys
+
+from mohge import MoHGEForCausalLM
+
+while len(sys.argv) > 1:
+    MoHGEForCausalLM.from_pretrained(sys.argv.pop(1)).save_pretrained(sys.argv.pop(1))
+print("{}")
+"""
+
+
+def run_python(code: str, home: Path, *arguments, python: str | Path = sys.executable) -> dict | list:
     """Run `code` isolated and offline. The JSON on the last line of its output."""
     environment = {
         **os.environ,
@@ -134,7 +165,7 @@ def run_python(code: str, home: Path, *arguments) -> dict:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    command = [python, "-I", "-c", code, *map(str, arguments)]
     result = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -229,3 +260,24 @@ def test_copy_and_installed_package_in_one_process(package_first, checkpoints, t
         assert copied.startswith("transformers_modules.")
         assert installed == "mohge.modeling_mohge"
         assert loaded["copied"] == loaded["installed"] == {"same_logits": True, "compiled": True}
+
+
+def test_folders_travel_between_the_newest_and_the_oldest_versions(checkpoints, tmp_path):
+    """Between the environments of `make test` and `make test-floor`, one of which runs this."""
+    root = Path(__file__).parents[1]
+    here = Path(sys.prefix)
+    there = root / {".venv": ".venv-floor", ".venv-floor": ".venv"}.get(here.name, "")
+    if here.parent != root or not (there / "installed").exists():
+        pytest.skip("needs both environments, of `make test` and of `make test-floor`, and to run in one of them")
+    other = there / "bin" / "python"
+    moved = {path: tmp_path / path.name for path in checkpoints.values()}
+    run_python(SAVE_AGAIN, tmp_path, *(path for pair in moved.items() for path in pair), python=other)
+    assert all((path / "modeling_mohge.py").exists() for path in moved.values())
+    expected = []
+    for path in checkpoints.values():
+        model = MoHGEForCausalLM.from_pretrained(path)
+        tokens = model.generate(torch.arange(1, 10)[None], max_new_tokens=8, do_sample=False).tolist()
+        expected += [tokens, tokens]  # with a cache and without
+    folders = [*checkpoints.values(), *moved.values()]
+    for python in (sys.executable, other):
+        assert run_python(WITHOUT_PACKAGE + GENERATE, tmp_path, *folders, python=python) == expected * 2

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.model_cards.reload import CACHE_TOLERANCE, cache_error
 
 from .corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
 from .data import TextSource, batches, collate_packed, packed_blocks
@@ -65,7 +66,8 @@ def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int
         seed (`int`, *optional*, defaults to 0): Seed of weights and data order.
 
     Returns:
-        `int`: 0, or 1 if the reloaded model differs or training did not lower the perplexity.
+        `int`: 0, or 1 if the reloaded model differs, its cache changes what it computes, or training did not lower the
+        perplexity.
 
     Raises:
         ValueError: if `steps` is not positive.
@@ -117,6 +119,9 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     with torch.no_grad():
         identical = torch.equal(model(sample).logits, reloaded(sample).logits)
     print(f"saved and reloaded: logits {'identical' if identical else 'DIFFER (CHECK FAILED)'}")
+    error = cache_error(reloaded, sample[:, :64])
+    cache_works = error <= CACHE_TOLERANCE
+    print(f"generated with a cache: logits differ by {error:.1g}{'' if cache_works else ' (CHECK FAILED)'}")
 
     text = _continue(reloaded, AutoTokenizer.from_pretrained(folder))
     print(f"\n{text}\n")
@@ -140,7 +145,7 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     )
     write_page(render(report), folder / "report.html")
     print(f"done in {time.perf_counter() - started:.0f} s")
-    return identical and after < before
+    return identical and cache_works and after < before
 
 
 def _free_path(output: str | None, default: str) -> Path:

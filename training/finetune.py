@@ -6,6 +6,7 @@ and `--model MODEL --quantize int8 --output_dir FOLDER` quantises a model's expe
 """
 
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -109,6 +110,8 @@ def run(arguments: list[str]) -> int:
         ValueError: if arguments contradict each other, the model or the data.
         OSError: if a file cannot be read, or a folder to create exists.
     """
+    # PEFT and TRL read it; nobody who runs this can change that.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     (own, training), given = parse_recipe("mohge finetune", __doc__, [FinetuneArguments, TrainingArguments], arguments)
     if own.model is None:
         raise ValueError("`model` is missing: name a model folder or a Hub id")

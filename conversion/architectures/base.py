@@ -150,7 +150,8 @@ class Architecture:
 
     def layer_config(self, layer: int) -> PreTrainedConfig:
         """Config of a model whose only layer is layer number `layer` of this one, with a vocabulary of one."""
-        fields = self.config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": None}
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        fields = self.config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 1, **special}
         if fields.get("layer_types"):
             fields["layer_types"] = [fields["layer_types"][layer]]
         if "decoder_sparse_step" in fields:

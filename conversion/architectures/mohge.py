@@ -24,7 +24,7 @@ class MoHGE(Architecture):
         fields |= {
             "num_hidden_layers": 1,
             "vocab_size": 1,
-            "pad_token_id": None,
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
             "layer_types": [self.config.layer_types[layer]],
             "mlp_only_layers": [0] if layer in self.config.mlp_only_layers else [],
         }
