@@ -9,7 +9,7 @@ demo: .venv/installed  ## Train, save, reload and sample a small model on real t
 	$(BIN)/mohge demo
 
 test: .venv/installed  ## Run the tests on CPU.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 style: .venv/installed  ## Check lint and format.
 	$(BIN)/ruff check .
