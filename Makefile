@@ -13,7 +13,7 @@ demo: .venv/installed  ## Train, save, reload and sample a small model on real t
 	$(BIN)/mohge demo
 
 test: .venv/installed  ## Run the tests on CPU.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-floor: .venv-floor/installed  ## Run the tests that concern other packages on the oldest versions of these.
 	OMP_NUM_THREADS=1 $(FLOOR_BIN)/python -m pytest -n 2 --dist loadfile $(FLOOR_TESTS)

@@ -133,7 +133,7 @@ def run_command(cache: Path, *flags: str):
 def run_command_until(moment: str, cache: Path, *flags: str):
     """The same, but the process is killed at `moment`, one of `MOMENTS`."""
     owner, name, reached = MOMENTS[moment]
-    _signal_in(owner, name, reached, signal.SIGKILL)
+    signal_in(owner, name, reached, signal.SIGKILL)
     run_command(cache, *flags)
 
 
@@ -144,11 +144,11 @@ def run_command_terminated_in_step(step: int, rank: int | None, cache: Path, *fl
         here = rank is None or dist.get_rank() == rank
         return here and trainer.state.global_step == step - 1
 
-    _signal_in(MoHGETrainer, "training_step", reached, signal.SIGTERM)
+    signal_in(MoHGETrainer, "training_step", reached, signal.SIGTERM)
     run_command(cache, *flags)
 
 
-def _signal_in(owner, name: str, reached: Callable[..., bool], number: signal.Signals):
+def signal_in(owner, name: str, reached: Callable[..., bool], number: signal.Signals):
     """Have this process get a signal when the function `name` is called as `reached` says."""
     function = getattr(owner, name)
 

@@ -6,12 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from parallel_training_runs import Ranks
 from trainer_runs import LENGTHS, config, logged, train
 from transformers import Trainer, TrainerCallback
 
@@ -159,23 +156,6 @@ def test_training_in_a_thread_does_without_signals(tmp_path):
     thread.start()
     thread.join()
     assert steps == [2]
-
-
-def train_until_stopped(folder: Path):
-    """Two ranks with a plain Trainer, of which rank 1 stops in its third step."""
-
-    def stop():
-        if dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    callbacks = [PeerWatchdog(3.0), AtStep(3, stop)]
-    train(CONFIG, str(folder), Trainer, ranks=2, steps=10**9, logging_steps=10**6, callbacks=callbacks)
-
-
-def test_watchdog_ends_a_plain_trainer_whose_peer_is_lost(tmp_path):
-    ranks = Ranks(2, tmp_path / "logs", train_until_stopped, tmp_path)
-    assert ranks.wait([0]) == [1]
-    assert "mohge: rank 1 gives no sign of life: rank 0 ends." in ranks.errors(0)
 
 
 # The record of each expert's load.

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -28,8 +27,12 @@ from conversion_cases import (
 )
 from datasets import Dataset
 from model_cases import assert_close, make_ids
+from parallel_training_runs import Ranks
+from pretrain_runs import signal_in
 from test_remote_code import WITHOUT_PACKAGE, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from mohge.conversion.staging import Staging
 
 
 COPY = ["--mode", "copy", "--widths", "44,51", "--experts-per-group", "2", "--top-k", "2"]
@@ -126,34 +129,16 @@ def _finished(folder):
     return {(s.st_ino, s.st_mtime_ns): file.name for file in folder.glob("model-*.safetensors") if (s := file.stat())}
 
 
-def _kill_between_shards(command, folder):
-    """Run `command` and kill it when two of its shards are there: the first of them is finished for certain."""
-    partial, log = folder / ".out.partial", folder / "log"
-    for _ in range(3):
-        with log.open("w") as errors:
-            process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                preexec_fn=lambda: os.nice(10),  # whoever watches must not come too late
-            )
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list(partial.glob("model-*.safetensors"))) > 1:
-                break
-            time.sleep(0.0005)
-        process.kill()
-        if process.wait() == -signal.SIGKILL:
-            return partial
-        assert process.returncode == 0, log.read_text()[-3000:]
-        shutil.rmtree(folder / "out")
-    pytest.fail("the command always ended before it could be killed")
+def convert_until_the_third_shard(folder, *arguments):
+    """`mohge convert`, run in `folder`, that is killed when two shards are finished and the third is a draft."""
+    os.chdir(folder)
+    signal_in(Staging, "seal_shard", lambda staging, number: len(_finished(staging.folder)) == 2, signal.SIGKILL)
+    convert(*arguments)
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["drawn anew", "refitted"])
-def test_killed_run_leaves_nothing_that_loads_and_goes_on(narrow, tmp_path):
+def test_killed_run_leaves_nothing_that_loads_and_goes_on(narrow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     make_source("llama", tmp_path / "source", hidden_size=64, intermediate_size=256, num_hidden_layers=10)
     options = ["--mode", "copy", "--experts-per-group", "4", "--top-k", "2"]
     if narrow:
@@ -165,8 +150,9 @@ def test_killed_run_leaves_nothing_that_loads_and_goes_on(narrow, tmp_path):
     assert convert(tmp_path / "source", whole, *options) == 0
     expected = _weights_and_config(whole)
 
-    command = [sys.executable, "-m", "mohge.cli", "convert", tmp_path / "source", "out", *options]
-    partial = _kill_between_shards(command, tmp_path)
+    command, partial = [tmp_path / "source", "out", *options], tmp_path / ".out.partial"
+    ranks = Ranks(1, tmp_path / "logs", convert_until_the_third_shard, tmp_path, *command)
+    assert ranks.wait() == [-signal.SIGKILL], ranks.errors()
     assert not (tmp_path / "out").exists()
     assert not (partial / "config.json").exists()
     with pytest.raises((OSError, ValueError)):
@@ -176,8 +162,7 @@ def test_killed_run_leaves_nothing_that_loads_and_goes_on(narrow, tmp_path):
     kept = tmp_path / "kept"
     shutil.copytree(partial, kept)
 
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert convert(*command) == 0
     assert _weights_and_config(tmp_path / "out") == expected
     assert finished.keys() & _finished(tmp_path / "out").keys()  # not converted again
     assert not partial.exists()

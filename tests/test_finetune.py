@@ -1,18 +1,20 @@
 """`mohge finetune` on a small model: all weights, adapters, conversations, merging."""
 
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from finetune_cases import arguments, finetune, log, make_workplace, messages, questions, write_rows
+from parallel_training_runs import Ranks
 from peft import PeftModel
+from pretrain_runs import signal_in
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohge import MoHGEForCausalLM
+from mohge.cli import main
+from mohge.training import MoHGETrainer
 from mohge.training.merge import MergeCheck
 
 
@@ -164,17 +166,18 @@ def test_a_model_that_learned_an_answer_gives_it_with_the_saved_template(place):
     assert tokenizer.decode(output[:-1]) == answer
 
 
+def finetune_until_step_4(*command: str):
+    """`mohge finetune` that is killed in its fourth step."""
+    signal_in(MoHGETrainer, "training_step", lambda trainer, *args: trainer.state.global_step == 3, signal.SIGKILL)
+    main(list(command))
+
+
 def test_an_adapter_run_that_is_killed_goes_on_to_the_same_weights(place):
     flags = {"lora_rank": 2, "save_steps": 2, "max_steps": 8, "per_device_train_batch_size": 2}
     assert finetune(place, "whole_run", **flags) == 0
-    command = [sys.executable, "-m", "mohge.training.finetune", *arguments(place, "killed", **flags)[1:]]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while process.poll() is None and not (place / "killed" / "checkpoint-2").exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.wait()
+    ranks = Ranks(1, place / "logs", finetune_until_step_4, *arguments(place, "killed", **flags))
+    assert ranks.wait() == [-signal.SIGKILL], ranks.errors()
+    assert (place / "killed" / "checkpoint-2").exists()
     assert not (place / "killed" / "adapter_model.safetensors").exists()
     assert finetune(place, "killed", **flags) == 0
     once, again = (load_file(place / run / "adapter_model.safetensors") for run in ("whole_run", "killed"))

@@ -156,7 +156,7 @@ def test_launch_script_trains(capsys, model, tmp_path):
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     traffic = RouterTraffic.load(output / "traffic.json")

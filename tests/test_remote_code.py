@@ -166,7 +166,7 @@ def run_python(code: str, home: Path, *arguments, python: str | Path = sys.execu
         "OMP_NUM_THREADS": "1",
     }
     command = [python, "-I", "-c", code, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 

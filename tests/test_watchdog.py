@@ -1,10 +1,12 @@
 """A rank that is lost ends the others, with one line that names it; a rank that is only slow does not."""
 
+import os
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,15 +14,14 @@ import torch
 import torch.distributed as dist
 from parallel_training_runs import SECONDS, Ranks
 from trainer_runs import config, train
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from mohge.training import MoHGETrainer, PeerWatchdog
 
 
-TIMEOUT = 3.0
-"""Of the watchdogs: long enough for a heartbeat to come through when the machine is busy."""
-BOUND = 30.0
-"""The others must have ended by then, and would otherwise wait for 30 minutes or more."""
+TIMEOUT = 12.0
+"""Of the watchdogs: long enough for heartbeats to come through, and for all ranks to read who is lost before the first
+of them ends, however busy the machine is."""
 
 
 def exchange(folder: Path):
@@ -58,87 +59,125 @@ def fail_alone(folder: Path):
     try:
         _train(folder, fail)
     except RuntimeError:
-        time.sleep(SECONDS)
+        time.sleep(2 * SECONDS)
 
 
-def _train(folder: Path, at_step_3: Callable):
+def stop_in_a_plain_trainer(folder: Path):
+    """Train with a Trainer of one's own until rank 1 stops in a step."""
+
+    def stop():
+        _ready(folder)
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    _train(folder, stop, Trainer)
+
+
+def _train(folder: Path, at_step_3: Callable, trainer_class=MoHGETrainer):
     callbacks = [PeerWatchdog(TIMEOUT), _AtStep3(at_step_3)]
-    train(config(), str(folder), MoHGETrainer, ranks=2, steps=10**9, logging_steps=10**6, callbacks=callbacks)
+    train(config(), str(folder), trainer_class, ranks=2, steps=10**9, logging_steps=10**6, callbacks=callbacks)
 
 
 def _ready(folder: Path):
     (folder / f"ready_{dist.get_rank()}").touch()
 
 
-def compute_for_long_and_end_apart():
-    """Rank 0 computes for 2.5 time-outs while rank 1 waits for it at the end, and leaves 1.5 time-outs after it."""
+def compute_for_long_and_end_apart(folder: Path):
+    """Rank 0 computes for longer than the time-out while rank 1 waits for it at the end, and leaves long after it."""
     dist.init_process_group("gloo")
     watchdog = PeerWatchdog(TIMEOUT)
-    for compute in (2.5 * TIMEOUT, 0):
+    for compute in (1.2 * TIMEOUT, 0):
         watchdog.start()
+        _ready(folder)
         end = time.monotonic() + compute * (dist.get_rank() == 0)
         while time.monotonic() < end:
             pass
         watchdog.stop()
-    time.sleep(1.5 * TIMEOUT * (dist.get_rank() == 0))
+    time.sleep(1.2 * TIMEOUT * (dist.get_rank() == 0))
 
 
-def start_late():
-    """Rank 1 begins 2.5 time-outs after rank 0, and when they watch again, rank 0 1.5 time-outs after rank 1."""
+def start_late(folder: Path):
+    """Rank 1 begins long after rank 0, and when they watch again, rank 0 long after rank 1."""
     dist.init_process_group("gloo")
+    _ready(folder)
     watchdog = PeerWatchdog(TIMEOUT)
-    for late, timeouts in ((1, 2.5), (0, 1.5)):
-        time.sleep(timeouts * TIMEOUT * (dist.get_rank() == late))
+    for late in (1, 0):
+        time.sleep(1.2 * TIMEOUT * (dist.get_rank() == late))
         watchdog.start()
         watchdog.stop()
 
 
-@pytest.mark.parametrize(
-    ("function", "processes", "lost", "launcher"),
-    [
-        (train_on, 2, 1, True),
-        *((exchange, *ranks, launcher) for ranks in ((2, 0), (3, 1)) for launcher in (True, False)),
-    ],
-)
-def test_stopped_rank_ends_the_others(function, processes, lost, launcher, tmp_path):
-    ranks = start(function, processes, launcher, tmp_path)
-    ranks.signal(lost, signal.SIGSTOP)
-    check_that_others_end(ranks, lost)
+@dataclass(frozen=True)
+class Case:
+    """What `processes` ranks do, and which signal is sent to rank `lost` in the middle of it."""
+
+    function: Callable
+    processes: int = 2
+    lost: int | None = None
+    sent: signal.Signals | None = None
+    launcher: bool = True
 
 
-def test_rank_that_fails_alone_ends_the_others(tmp_path):
-    check_that_others_end(start(fail_alone, 2, True, tmp_path), lost=1)
+def _exchanges(number: signal.Signals, *ranks: tuple[int, int]) -> dict[str, Case]:
+    return {
+        f"rank {lost} of {processes}, store in {'launcher' if launcher else 'rank 0'}": Case(
+            exchange, processes, lost, number, launcher
+        )
+        for processes, lost in ranks
+        for launcher in (True, False)
+    }
 
 
-def check_that_others_end(ranks: Ranks, lost: int):
+STOPPED = _exchanges(signal.SIGSTOP, (2, 0), (3, 1)) | {"training": Case(train_on, 2, 1, signal.SIGSTOP)}
+SILENT = {"plain Trainer": Case(stop_in_a_plain_trainer, lost=1), "exception": Case(fail_alone, lost=1)}
+KILLED = {f"killed, {name}": case for name, case in _exchanges(signal.SIGKILL, (3, 0)).items()}
+SLOW = {function.__name__: Case(function) for function in (compute_for_long_and_end_apart, start_late)}
+CASES = {**STOPPED, **SILENT, **KILLED, **SLOW}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> dict[str, Ranks]:
+    """The ranks of every case, in the middle of their work or past it: they wait for time-outs all at once."""
+    started, folders = {}, {name: tmp_path_factory.mktemp("ranks") for name in CASES}
+    for name, case in CASES.items():
+        logs = folders[name] / "logs"
+        started[name] = Ranks(case.processes, logs, case.function, folders[name], launcher=case.launcher)
+    deadline = time.monotonic() + SECONDS
+    for name, case in CASES.items():
+        while len(list(folders[name].glob("ready_*"))) < case.processes:
+            assert time.monotonic() < deadline, started[name].errors()
+            time.sleep(0.05)
+    for name, case in CASES.items():
+        if case.sent is not None:
+            started[name].signal(case.lost, case.sent)
+    yield started
+    for each in started.values():
+        each.wait(seconds=0)
+
+
+def wait_for_others(ranks: Ranks, lost: int) -> list[int]:
+    """Those that are not lost, which must all end: they would otherwise wait for 30 minutes or more."""
     others = [rank for rank in range(len(ranks.processes)) if rank != lost]
-    assert ranks.wait(others, BOUND) == [1] * len(others)
-    for rank in others:
-        (line,) = re.findall("^mohge: .*", ranks.errors(rank), re.MULTILINE)
+    assert ranks.wait(others) == [1] * len(others)
+    return others
+
+
+@pytest.mark.parametrize("name", [*STOPPED, *SILENT])
+def test_silent_rank_ends_the_others(name, ranks):
+    lost = CASES[name].lost
+    for rank in wait_for_others(ranks[name], lost):
+        (line,) = re.findall("^mohge: .*", ranks[name].errors(rank), re.MULTILINE)
         assert line.startswith(f"mohge: rank {lost} gives no sign of life: rank {rank} ends.")
 
 
-@pytest.mark.parametrize("launcher", [True, False])
-def test_killed_rank_ends_the_others(launcher, tmp_path):
-    ranks = start(exchange, 3, launcher, tmp_path)
-    ranks.signal(0, signal.SIGKILL)
-    assert ranks.wait([1, 2], BOUND) == [1, 1]
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_rank_ends_the_others(name, ranks):
+    wait_for_others(ranks[name], CASES[name].lost)
 
 
-def start(function: Callable, processes: int, launcher: bool, folder: Path) -> Ranks:
-    """Ranks in the middle of their work."""
-    ranks = Ranks(processes, folder / "logs", function, folder, launcher=launcher)
-    deadline = time.monotonic() + SECONDS
-    while len(list(folder.glob("ready_*"))) < processes:
-        assert time.monotonic() < deadline, ranks.errors()
-        time.sleep(0.05)
-    return ranks
-
-
-@pytest.mark.parametrize("function", [compute_for_long_and_end_apart, start_late])
-def test_slow_rank_is_not_lost(function, tmp_path):
-    ranks = Ranks(2, tmp_path / "logs", function).succeed()
-    assert "sign of life" not in ranks.errors()
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_rank_is_not_lost(name, ranks):
+    assert "sign of life" not in ranks[name].succeed().errors()
 
 
 def test_nothing_is_watched_without_other_ranks():
