@@ -40,18 +40,6 @@ SORT_OF_MANY = {"_rank_kernel", "_prefix_kernel", "_place_kernel"}
 SORT_OF_FEW = {"_sort_kernel"}
 
 
-def run_offline(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """In a process of its own: this one's kernels may be for the interpreter."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = [str(Path(mohge_kernels.__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, "-m", "mohge_kernels.offline", *arguments],
-        env={**inherited, "PYTHONPATH": os.pathsep.join(path), **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 CASES = {
     "paper-bfloat16-32768": (SORT_OF_MANY, "wgmma"),
     "paper-bfloat16-32": (SORT_OF_FEW, "mma"),
@@ -63,7 +51,15 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def compiled() -> subprocess.CompletedProcess:
-    process = run_offline(*CASES, "--json")
+    """In a process of its own: this one's kernels may be for the interpreter."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = [str(Path(mohge_kernels.__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
+    process = subprocess.run(
+        [sys.executable, "-m", "mohge_kernels.offline", *CASES, "--json"],
+        env={**inherited, "PYTHONPATH": os.pathsep.join(path)},
+        capture_output=True,
+        text=True,
+    )
     assert process.stdout, process.stderr
     return process
 
@@ -93,8 +89,15 @@ def test_kernels_fit_the_multiprocessor(case, compiled):
         ([], {"TRITON_INTERPRET": "1"}, "unset it"),
     ],
 )
-def test_bad_usage_is_refused(arguments, environment, remedy):
-    process = run_offline(*arguments, **environment)
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert remedy in process.stderr.splitlines()[-1]
+def test_bad_usage_is_refused(arguments, environment, remedy, monkeypatch, capsys):
+    from mohge_kernels import offline  # imports Triton
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        offline.main(arguments)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert remedy in printed.err.splitlines()[-1]
