@@ -18,17 +18,22 @@ VOCABULARY = 300
 TEXT = ["Once upon a time there was a tokenizer, and it was small.\n"] * 20
 
 _WORKER = """
-import contextlib, io, json, sys, traceback
+import contextlib, io, json, os, sys, traceback
 import torch
-from mohge.cli import main
 
 torch.set_num_threads(1)
 answers, sys.stdout = sys.stdout, sys.stderr
-for line in sys.stdin:
+tasks, sys.stdin = sys.stdin, open(os.devnull)  # nobody to ask whether code may be trusted
+for line in tasks:
     task, printed, errors, status = json.loads(line), io.StringIO(), io.StringIO(), None
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         try:
-            status = main(task) if isinstance(task, list) else exec(task, {})
+            if isinstance(task, list):
+                from mohge.cli import main
+
+                status = main(task)
+            else:
+                exec(task, {})
         except BaseException:
             traceback.print_exc()
             status = -1
@@ -57,12 +62,14 @@ def hub_environment(hub: HubServer, home: Path, token: str | None = TOKEN) -> di
 
 
 class Shell:
-    """A process in which commands run one after the other, so that they import torch once, and the Hub they see."""
+    """A process in which commands run one after the other, so that they import torch once, and the Hub they see. If
+    not `package`, mohge is missing there."""
 
-    def __init__(self, hub: HubServer, home: Path, token: str | None = TOKEN):
-        self.hub = hub
+    def __init__(self, hub: HubServer, home: Path, token: str | None = TOKEN, package: bool = True):
+        self.hub, self.home = hub, home
+        command = ["-c", _WORKER] if package else ["-I", "-c", WITHOUT_PACKAGE + _WORKER]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER],
+            [sys.executable, *command],
             env=hub_environment(hub, home, token),
             cwd=home,
             stdin=subprocess.PIPE,
@@ -85,7 +92,7 @@ class Shell:
 
     def __exit__(self, *exception):
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.wait()
 
 
 def run_without_package(hub: HubServer, home: Path, code: str) -> str:
@@ -97,7 +104,7 @@ def run_without_package(hub: HubServer, home: Path, code: str) -> str:
         stdin=subprocess.DEVNULL,  # nobody to ask whether the code may be trusted
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout

@@ -1,8 +1,5 @@
 """One launch of many scenarios, and the comparison of its ranks with one process."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import parallel_runs
 import pytest
 import torch
 from parallel_cases import SCENARIOS, save_adapter, save_model
+from parallel_training_runs import Ranks
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 
@@ -28,15 +26,9 @@ class Launch:
         for model in sorted({scenario.model for scenario in self.scenarios.values()}):
             save_model(model, folder)
         save_adapter(folder)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run(
-            [*command, parallel_runs.__file__, str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=10 * parallel_runs.SECONDS,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        ranks = Ranks(processes, folder / "logs", parallel_runs.run_all, folder)
+        statuses = ranks.wait(seconds=10 * parallel_runs.SECONDS)
+        assert statuses == [0] * processes, ranks.errors()[-4000:]
         self.results = [torch.load(folder / f"rank_{rank}.pt") for rank in range(processes)]
         self.one_process = cache(lambda name: parallel_runs.run(self.scenarios[name], folder))
 

@@ -1,8 +1,7 @@
-"""Runs of sharded models on several ranks (this file as a script, under torchrun) and of the same models on one."""
+"""Runs of sharded models on several ranks and of the same models on one."""
 
 import faulthandler
 import os
-import sys
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mohge import MoHGEConfig
 
 
-SECONDS = 60
+SECONDS = 240
 """More than any scenario takes: after that, a rank that hangs prints where, and ends."""
 
 
@@ -134,7 +133,10 @@ def run(scenario: Scenario, folder: Path) -> dict:
     return globals()[scenario.run](scenario, folder)
 
 
-def _run_all(folder: Path):
+def run_all(folder: Path):
+    """Run all scenarios of so many ranks as there are, and leave the results of this one in `rank_N.pt`."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {}
     dist.distributed_c10d.default_pg_timeout = timedelta(seconds=SECONDS / 4)  # for ranks whose partner has failed
@@ -150,9 +152,3 @@ def _run_all(folder: Path):
             results[name] = traceback.format_exc()
         dist.destroy_process_group()
     torch.save(results, folder / f"rank_{rank}.pt")
-
-
-if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    _run_all(Path(sys.argv[1]))

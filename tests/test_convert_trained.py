@@ -2,7 +2,6 @@
 
 import json
 import math
-import statistics
 
 import pytest
 import torch
@@ -216,8 +215,8 @@ def test_hard_tokens_start_at_wider_groups(mode, converted, text):
 @pytest.mark.parametrize("mode", MODES)
 def test_fine_tuning_beats_training_from_scratch(mode, text, sources, tmp_path):
     source = sources / ("olmoe" if mode == "trim" else "llama")
-    losses = compare(mode, source, tmp_path / mode, text, range(3))
-    for ours, scratch in zip(losses["from_conversion"], losses["from_scratch"], strict=True):
-        assert ours < scratch - 0.1
-        assert ours < losses["converted"]
-    assert statistics.mean(losses["from_scratch"]) < 5  # from scratch something is learned, too
+    losses = compare(mode, source, tmp_path / mode, text, range(1))
+    (ours,), (scratch,) = losses["from_conversion"], losses["from_scratch"]
+    assert ours < scratch - 0.1
+    assert ours < losses["converted"]
+    assert scratch < 5  # from scratch something is learned, too

@@ -41,6 +41,13 @@ def shell(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def elsewhere(shell, tmp_path_factory):
+    """A machine without mohge."""
+    with Shell(shell.hub, tmp_path_factory.mktemp("elsewhere"), package=False) as elsewhere:
+        yield elsewhere
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "folder")
 
@@ -54,16 +61,17 @@ def snippet(files) -> str:
     return re.search(r"```python\n(.*?)```", files["README.md"].content.decode(), re.DOTALL)[1]
 
 
-def assert_loads(hub, home, folder, name, revision="main"):
+def assert_loads(elsewhere, folder, name, revision="main"):
     """What is on the Hub computes what `folder` computes here, and can be fetched."""
-    fetched = run_without_package(hub, home, LOGITS.format(name=name, revision=revision)).strip()
+    result = elsewhere.run(LOGITS.format(name=name, revision=revision))
+    assert result.status is None, result.err
     expected = MoHGEForCausalLM.from_pretrained(folder)(torch.arange(12)[None]).logits
-    torch.testing.assert_close(torch.load(home / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.load(elsewhere.home / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
     assert expected.abs().max() > 0.1
-    return fetched
+    return result.out.strip()
 
 
-def test_first_push_has_all_that_the_model_needs_and_nothing_else(shell, tmp_path):
+def test_first_push_has_all_that_the_model_needs_and_nothing_else(shell, elsewhere, tmp_path):
     folder = save_model(tmp_path / "model")
     for name in ("checkpoint-1/optimizer.pt", "runs/events.1", ".cache/x", "initial/model.safetensors", "notes.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -87,18 +95,18 @@ def test_first_push_has_all_that_the_model_needs_and_nothing_else(shell, tmp_pat
     text = run_without_package(shell.hub, tmp_path, snippet(files))
     assert text.startswith("Once upon a time")
     assert len(text.strip()) > len("Once upon a time")
-    fetched = assert_loads(shell.hub, tmp_path, folder, f"{USER}/first")
+    fetched = assert_loads(elsewhere, folder, f"{USER}/first")
     assert {path.name for path in (tmp_path / fetched).iterdir()} == set(files)
 
 
-def test_second_push_replaces_the_first(shell, tmp_path):
+def test_second_push_replaces_the_first(shell, elsewhere, tmp_path):
     name = f"{USER}/second"
     sharded = save_model(tmp_path / "sharded", max_shard_size="200KB")
     assert shell.push(sharded, name).status == 0
     repository = shell.hub.repositories[name]
     before = repository.head()
     assert len(weights(repository)) > 2
-    assert_loads(shell.hub, tmp_path, sharded, name)
+    assert_loads(elsewhere, sharded, name)
     # Others add files: theirs stay, unless the model would be read from them.
     code = "from huggingface_hub import HfApi\n" + "\n".join(
         f"HfApi().upload_file(path_or_fileobj=b'other', path_in_repo='{path}', repo_id='{name}')"
@@ -112,7 +120,7 @@ def test_second_push_replaces_the_first(shell, tmp_path):
     others = {"onnx/model.safetensors", "LICENSE", "picture.png", ".gitattributes"}
     assert set(repository.head().files) == {*MODEL, *others}
     assert repository.head().parent != before.oid
-    assert_loads(shell.hub, tmp_path, whole, name)
+    assert_loads(elsewhere, whole, name)
     uploads = sum(method == "PUT" for method, _ in shell.hub.requests)
     unchanged = shell.push(whole, name)
     assert unchanged.status == 0
@@ -121,7 +129,7 @@ def test_second_push_replaces_the_first(shell, tmp_path):
     assert sum(method == "PUT" for method, _ in shell.hub.requests) == uploads
 
 
-def test_pull_request_and_branch(shell, model, tmp_path):
+def test_pull_request_and_branch(shell, elsewhere, model, tmp_path):
     name = f"{USER}/reviewed"
     proposed = shell.push(model, name, "--create-pr")
     assert proposed.status == 0
@@ -132,10 +140,10 @@ def test_pull_request_and_branch(shell, model, tmp_path):
     assert shell.push(model, name, "--revision", "next/step").status == 0
     assert repository.refs.keys() == {"main", "refs/pr/1", "next/step"}
     assert set(repository.head("main").files) == {".gitattributes"}
-    assert_loads(shell.hub, tmp_path, model, name, "next/step")
+    assert_loads(elsewhere, model, name, "next/step")
 
 
-def test_model_in_memory(shell, tmp_path):
+def test_model_in_memory(shell, elsewhere, tmp_path):
     folder = save_model(tmp_path / "model")
     code = f"""
 from mohge import MoHGEForCausalLM
@@ -165,16 +173,17 @@ model.push_to_hub("{USER}/hooked")
     changed = MoHGEForCausalLM.from_pretrained(folder)
     changed.lm_head.weight.data *= 2
     changed.save_pretrained(tmp_path / "changed")
-    assert_loads(shell.hub, tmp_path, tmp_path / "changed", f"{USER}/memory")
+    assert_loads(elsewhere, tmp_path / "changed", f"{USER}/memory")
 
 
-def test_without_the_package_transformers_pushes(shell, model, tmp_path):
+def test_without_the_package_transformers_pushes(shell, elsewhere, model):
     code = f"""
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(model)!r}, trust_remote_code=True)
 model.push_to_hub("{USER}/plain", commit_message="Plain")
 """
-    run_without_package(shell.hub, tmp_path, code)
+    result = elsewhere.run(code)
+    assert result.status is None, result.err
     repository = shell.hub.repositories[f"{USER}/plain"]
     assert repository.history() == ["Plain", "initial commit"]
     assert set(repository.head().files) == {*MODEL, ".gitattributes"}
@@ -210,7 +219,7 @@ def texts(files) -> str:
     return "\n".join(file.content.decode() for name, file in files.items() if not name.endswith(".safetensors"))
 
 
-def test_conversion(shell, tmp_path):
+def test_conversion(shell, elsewhere, tmp_path):
     source, folder, name = tmp_path / "secret-place" / "olmoe", tmp_path / "groups", f"{USER}/groups"
     add_tokenizer(make_source("olmoe", source))
     for file, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
@@ -226,7 +235,7 @@ def test_conversion(shell, tmp_path):
     report = json.loads(files["conversion_report.json"].content)
     assert report["source"]["path"] == "olmoe"
     assert report["logits"] == read_report(folder)["logits"]
-    assert_loads(shell.hub, tmp_path, folder, name)
+    assert_loads(elsewhere, folder, name)
 
 
 def test_run_folder(shell, tmp_path):
@@ -294,7 +303,7 @@ HfApi().upload_file(path_or_fileobj={text.encode()!r}, path_in_repo="README.md",
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_a_training_run_pushes_what_was_checked_and_nothing_of_this_machine(strategy, shell, tmp_path):
+def test_a_training_run_pushes_what_was_checked_and_nothing_of_this_machine(strategy, shell, elsewhere, tmp_path):
     (tmp_path / "text.txt").write_text("one two three four five six seven\n" * 200)
     config("expert", vocab_size=300).save_pretrained(tmp_path / "config")
     values = {
@@ -324,7 +333,7 @@ def test_a_training_run_pushes_what_was_checked_and_nothing_of_this_machine(stra
     assert set(files) == {*MODEL, *TOKENIZER, "recipe.yaml", ".gitattributes"}
     card = files["README.md"].content.decode()
     assert "| optimizer steps | 2 |" in card
-    assert_loads(shell.hub, tmp_path, tmp_path / "run", f"{USER}/trained_{strategy}")
+    assert_loads(elsewhere, tmp_path / "run", f"{USER}/trained_{strategy}")
 
 
 def test_of_an_adapter_run_only_the_adapter_is_pushed(shell, model, tmp_path):

@@ -1,16 +1,13 @@
 """Training with Trainer: the loss does not depend on how a batch is split, nothing is dropped, resume is exact."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from parallel_training_runs import Ranks
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from trainer_runs import collate, config, every_loss, logged, logged_figures, rows, train
+from trainer_runs import collate, compare_ranks, config, every_loss, logged, logged_figures, rows, train
 from transformers import Trainer, TrainerCallback
 
 from mohge import MoHGEForCausalLM
@@ -37,11 +34,7 @@ def two_ranks(run_of_two_ranks):
 @pytest.fixture(scope="module")
 def run_of_two_ranks(tmp_path_factory):
     target = tmp_path_factory.mktemp("ranks") / "results.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = Path(__file__).with_name("trainer_runs.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script), str(target)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    Ranks(2, target.parent / "logs", compare_ranks, target).succeed()
     return target
 
 

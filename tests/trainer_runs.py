@@ -1,7 +1,6 @@
-"""Trainer runs that tests compare, in this process or, as a script, in one of several ranks."""
+"""Trainer runs that tests compare, in this process or in one of several ranks."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -128,8 +127,8 @@ def save_sharded(folder: Path) -> None:
     model.save_pretrained(folder / "sharded")
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
+def compare_ranks(target: Path) -> None:
+    """Leave in `target` what two ranks log, and beside it a model that they have saved."""
     outcome = {
         "losses": every_loss(accumulation=1, ranks=2, folder=str(target.parent)),
         "figures": logged_figures(str(target.parent), ranks=2),

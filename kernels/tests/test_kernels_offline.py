@@ -40,35 +40,39 @@ SORT_OF_MANY = {"_rank_kernel", "_prefix_kernel", "_place_kernel"}
 SORT_OF_FEW = {"_sort_kernel"}
 
 
-def run_offline(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+CASES = {
+    "paper-bfloat16-32768": (SORT_OF_MANY, "wgmma"),
+    "paper-bfloat16-32": (SORT_OF_FEW, "mma"),
+    "large-bfloat16-32768": (SORT_OF_MANY, "wgmma"),
+    "paper-float32-32768": (SORT_OF_MANY, None),
+    "odd-bfloat16-1000": (SORT_OF_MANY, None),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> subprocess.CompletedProcess:
     """In a process of its own: this one's kernels may be for the interpreter."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = [str(Path(mohge_kernels.__file__).parents[1]), *filter(None, [inherited.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, "-m", "mohge_kernels.offline", *arguments],
-        env={**inherited, "PYTHONPATH": os.pathsep.join(path), **environment},
+    process = subprocess.run(
+        [sys.executable, "-m", "mohge_kernels.offline", *CASES, "--json"],
+        env={**inherited, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
     )
-
-
-@pytest.mark.parametrize(
-    ("case", "sort", "tensor_cores"),
-    [
-        ("paper-bfloat16-32768", SORT_OF_MANY, "wgmma"),
-        ("paper-bfloat16-32", SORT_OF_FEW, "mma"),
-        ("large-bfloat16-32768", SORT_OF_MANY, "wgmma"),
-        ("paper-float32-32768", SORT_OF_MANY, None),
-        ("odd-bfloat16-1000", SORT_OF_MANY, None),
-    ],
-)
-def test_kernels_fit_the_multiprocessor(case, sort, tensor_cores):
-    process = run_offline(case, "--json")
     assert process.stdout, process.stderr
-    (kernels,) = json.loads(process.stdout).values()
+    return process
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_fit_the_multiprocessor(case, compiled):
+    sort, tensor_cores = CASES[case]
+    results = json.loads(compiled.stdout)
+    assert results.keys() == CASES.keys()
+    kernels = results[case]
     assert [kernel for kernel in kernels if kernel["spilled"]] == []
     assert [kernel for kernel in kernels if kernel["shared_memory"] > SHARED_MEMORY] == []
-    assert process.returncode == 0
+    assert compiled.returncode == 0
 
     names = [kernel["kernel"] for kernel in kernels]
     assert sorted(names) == sorted(MATRIX_PRODUCTS | OTHERS | sort)
@@ -85,8 +89,15 @@ def test_kernels_fit_the_multiprocessor(case, sort, tensor_cores):
         ([], {"TRITON_INTERPRET": "1"}, "unset it"),
     ],
 )
-def test_bad_usage_is_refused(arguments, environment, remedy):
-    process = run_offline(*arguments, **environment)
-    assert process.returncode == 2
-    assert process.stdout == ""
-    assert remedy in process.stderr.splitlines()[-1]
+def test_bad_usage_is_refused(arguments, environment, remedy, monkeypatch, capsys):
+    from mohge_kernels import offline  # imports Triton
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        offline.main(arguments)
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert remedy in printed.err.splitlines()[-1]
