@@ -1,5 +1,6 @@
 """Processes that talk to the Hub of `hub_server`, and the folders that they push."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -86,6 +87,16 @@ class Shell:
 
     def push(self, *arguments) -> Result:
         return self.run(["push", *arguments])
+
+    @contextlib.contextmanager
+    def reloads_here(self):
+        """What is pushed is loaded in this process to check it. For tests that ask nothing of that check: in a process
+        of its own, which has to import transformers, it takes longer than the rest of a push."""
+        here = "lambda folder, inputs: verify._logits(verify._load(folder), inputs)"
+        code = f"from mohge.model_cards import verify; verify.elsewhere, verify._reload = verify._reload, {here}"
+        assert self.run(code).status is None
+        yield
+        self.run("from mohge.model_cards import verify; verify._reload = verify.elsewhere")
 
     def __enter__(self) -> "Shell":
         return self

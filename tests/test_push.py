@@ -52,6 +52,12 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "folder")
 
 
+@pytest.fixture
+def _reloads_here(shell):
+    with shell.reloads_here():
+        yield
+
+
 def weights(repository, ref="main"):
     files = repository.head(ref).files
     return {name for name in files if ".safetensors" in name}
@@ -99,6 +105,7 @@ def test_first_push_has_all_that_the_model_needs_and_nothing_else(shell, elsewhe
     assert {path.name for path in (tmp_path / fetched).iterdir()} == set(files)
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_second_push_replaces_the_first(shell, elsewhere, tmp_path):
     name = f"{USER}/second"
     sharded = save_model(tmp_path / "sharded", max_shard_size="200KB")
@@ -129,6 +136,7 @@ def test_second_push_replaces_the_first(shell, elsewhere, tmp_path):
     assert sum(method == "PUT" for method, _ in shell.hub.requests) == uploads
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_pull_request_and_branch(shell, elsewhere, model, tmp_path):
     name = f"{USER}/reviewed"
     proposed = shell.push(model, name, "--create-pr")
@@ -266,6 +274,7 @@ def test_run_folder(shell, tmp_path):
     assert "On the last passes of training" in card.text
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_dry_run_needs_no_hub(shell, model):
     requests = len(shell.hub.requests)
     result = shell.push(model, f"{USER}/never", "--dry-run")
@@ -280,6 +289,7 @@ def test_dry_run_needs_no_hub(shell, model):
     assert listed["model.safetensors"] == (model / "model.safetensors").stat().st_size
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_card_of_a_person_stays(shell, tmp_path):
     name, folder = f"{USER}/written", save_model(tmp_path / "model")
     assert shell.push(folder, name).status == 0

@@ -25,6 +25,12 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model") / "folder")
 
 
+@pytest.fixture
+def _reloads_here(shell):
+    with shell.reloads_here():
+        yield
+
+
 FAULTS = {
     "repository": ("create_repo", 500),
     "read_only": ("preupload", 403),
@@ -37,6 +43,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.usefixtures("_reloads_here")
 @pytest.mark.parametrize("case", FAULTS)
 def test_failed_upload_leaves_the_last_commit(case, shell, model, tmp_path):
     name, (action, fault) = f"{USER}/failing", FAULTS[case]
@@ -55,6 +62,7 @@ def test_failed_upload_leaves_the_last_commit(case, shell, model, tmp_path):
     assert repository.refs == {"main": head.oid}
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_storage_that_recovers_is_tried_again(shell, tmp_path):
     folder = save_model(tmp_path / "model", initializer_range=0.25)
     shell.hub.fail("lfs_put", 500, times=1)
@@ -113,6 +121,7 @@ finally:
     assert len(shell.hub.requests) == requests
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_private_repository(shell, model):
     assert shell.push(model, f"{USER}/secret", "--private").status == 0
     assert shell.hub.repositories[f"{USER}/secret"].private
@@ -124,13 +133,14 @@ def test_private_repository(shell, model):
 
 @pytest.mark.parametrize("token", [None, "hf_wrong"], ids=["no_token", "wrong_token"])
 def test_without_access(token, shell, model, tmp_path):
-    with Shell(shell.hub, tmp_path, token) as other:
+    with Shell(shell.hub, tmp_path, token) as other, other.reloads_here():
         result = other.push(model, f"{USER}/first-of-all")
     assert result.status == 2
     assert "401" in result.line
     assert f"{USER}/first-of-all" not in shell.hub.repositories
 
 
+@pytest.mark.usefixtures("_reloads_here")
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [("somebody/else", [], "403"), (f"{USER}/licensed", ["--license", "unheard-of"], "license")],
