@@ -168,11 +168,10 @@ def _measure_calibration(folder: Path, options: argparse.Namespace):
         staging = Staging(folder / "calibrated", options.layers + 2, "benchmark")
         try:
             work = _Conversion(plan, tokens, staging, None, False)
-            work._embed()
             for number in layers:
                 work.observe(work.layer(number, None))
             batches = range(len(work.batches))
-            states = [work.source.load(options.layers, batch) for batch in batches]
+            states = [work.source.load(options.layers, batch)[0] for batch in batches]
             last[:] = [torch.cat(states)]
         finally:
             staging.close()

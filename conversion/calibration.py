@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from .architectures import Architecture
+from .decoders import MoHGE, Source
 from .recipe import Recipe
 
 
@@ -25,11 +25,12 @@ class Tokens(NamedTuple):
     """Whether they are text, not random."""
 
 
-def random_tokens(architecture: Architecture, seed: int) -> Tokens:
+def random_tokens(source: Source | MoHGE, seed: int) -> Tokens:
     """Tokens for a check where no text is given: two sequences, in which an expert is chosen 8 times on average."""
-    config, layout = architecture.config, architecture.experts
-    length = 16 if layout is None else max(16, 4 * layout.count // layout.per_token)
-    size = (2, min(length, config.max_position_embeddings))
+    config, length = source.config, 16
+    if source.equivalent.sparse_layers:
+        length = max(length, 4 * source.equivalent.num_experts // source.equivalent.num_experts_per_tok)
+    size = (2, _at_most(config, length))
     generator = torch.Generator().manual_seed(seed)
     return Tokens(torch.randint(config.vocab_size, size, generator=generator), size[0], False)
 
@@ -44,7 +45,7 @@ def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig, observed
         ValueError: if the data cannot be read, has no text, or is too short.
     """
     name = recipe.calibration
-    length = min(recipe.calibration_length, config.max_position_embeddings)
+    length = _at_most(config, recipe.calibration_length)
     wanted = recipe.calibration_tokens // length * length
     if wanted < 2 * length:
         raise ValueError(
@@ -70,6 +71,11 @@ def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig, observed
         )
     blocks = torch.tensor(ids[:wanted]).view(-1, length)
     return Tokens(blocks, max(1, len(blocks) // _HELD_OUT) if observed else len(blocks), True)
+
+
+def _at_most(config: PreTrainedConfig, length: int) -> int:
+    """A length that the model supports; some have no limit."""
+    return min(length, getattr(config, "max_position_embeddings", length))
 
 
 def _documents(recipe: Recipe, source: Path) -> Iterator[list[int]]:

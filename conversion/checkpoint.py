@@ -2,9 +2,11 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 from threading import Thread
 
@@ -12,13 +14,20 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError
 from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from .decoders import Decoder, own
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIDE_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-SIDE_FILES += ("chat_template*", "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*")
+SIDE_FILES += ("tekken.json", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor_config.json")
+SIDE_FILES += ("generation_config.json", "LICENSE*", "NOTICE*")
 """What is copied from a source as it is."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
+"""Of tables such as the one that says which expert here is which of the source's router."""
 
 
 def read_config(folder: Path) -> dict:
@@ -89,7 +98,6 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.expected: list[str] = []
         self._ahead: set[str] = set()
         self.files: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -103,12 +111,10 @@ class Checkpoint:
                         view = handle.get_slice(name)
                         self.files[name] = file
                         self.shapes[name] = tuple(view.get_shape())
-                        if view.get_dtype() not in _DTYPES:
-                            raise ValueError(
-                                f"{name} in {file} has dtype {view.get_dtype()}: give the checkpoint in float32, "
-                                "bfloat16 or float16"
-                            )
-                        self.dtypes[name] = _DTYPES[view.get_dtype()]
+                        dtype = (_DTYPES | _TABLE_DTYPES).get(view.get_dtype())
+                        if dtype is None:
+                            _refuse_dtype(name, file, view.get_dtype())
+                        self.dtypes[name] = dtype
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{folder / file} is damaged or cut off ({error}): fetch it again") from error
 
@@ -130,47 +136,10 @@ class Checkpoint:
         """The dtype of most weights."""
         sizes = Counter()
         for name, dtype in self.dtypes.items():
+            if dtype not in _DTYPES.values():
+                continue
             sizes[dtype] += math.prod(self.shapes[name])
         return sizes.most_common(1)[0][0]
-
-    def check(self, expected: dict[str, torch.Size], tied: bool):
-        """
-        Compare the tensors with those that the config asks for.
-
-        Args:
-            expected (`dict[str, torch.Size]`): Shape of each tensor.
-            tied (`bool`): Whether the output projection is the embedding.
-
-        Raises:
-            ValueError: naming the first tensor that is missing, of another shape, or would be lost.
-        """
-        for name, shape in expected.items():
-            if name not in self.shapes:
-                raise ValueError(f"{self.folder} lacks the tensor {name}: its config.json asks for it")
-            if self.shapes[name] != tuple(shape):
-                raise ValueError(
-                    f"{name} in {self.folder} has shape {list(self.shapes[name])}, but its config.json asks for "
-                    f"{list(shape)}: the two do not belong together"
-                )
-        self.expected = list(expected)
-        for name in sorted(self.shapes.keys() - expected.keys()):
-            if name == "lm_head.weight" and tied:
-                with self.open() as read:
-                    if torch.equal(read(name), read("model.embed_tokens.weight")):
-                        continue
-                raise ValueError(
-                    f"{name} in {self.folder} differs from the embedding, but its config.json ties them: set "
-                    "`tie_word_embeddings` to false"
-                )
-            if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints have it; it follows from the config
-                raise ValueError(f"{name} in {self.folder} is not known here and would be lost: remove it first")
-        layers = {}
-        for name in expected:
-            if ".experts." in name:
-                layers.setdefault(name.split(".experts.")[0], set()).add(self.dtypes[name])
-        mixed = sorted(layer for layer, dtypes in layers.items() if len(dtypes) > 1)
-        if mixed:
-            raise ValueError(f"the experts of {mixed[0]} in {self.folder} have several dtypes: convert them to one")
 
     def _read_ahead(self, file: str):
         """Bring a file, and the one after it, into the system's cache in the background: page by page, as views touch
@@ -195,13 +164,129 @@ class Checkpoint:
 
             yield read
 
+
+class NamedTensors:
+    """
+    The tensors of a checkpoint by the names that transformers' model has for them, made of what is on the disk as
+    transformers makes them: renamed, and the experts of a layer stacked.
+
+    Args:
+        checkpoint ([`Checkpoint`]): The tensors on the disk.
+        decoder ([`Decoder`]): The model.
+
+    Raises:
+        ValueError: naming a tensor that is missing, of another shape, or would be lost.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder):
+        self.checkpoint, self.decoder = checkpoint, decoder
+        model, expected = decoder.model, decoder.tensors
+        tied = dict(model.all_tied_weights_keys)
+        transforms = get_model_conversion_mapping(model)
+        renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+        self._converters = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected]
+        known = {**expected, **tied}
+        self._parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
+        """Name of the first tensor that is made -> the tensors on the disk it is made of, and what they match."""
+        for name in sorted(checkpoint.shapes, key=_natural):
+            first, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+            if first not in known and name in known:
+                first, pattern = name, None
+            if first in tied:
+                self._check_tied(name, tied[first])
+            elif first in expected:
+                self._parts[first].append((name, pattern))
+            elif not name.endswith("rotary_emb.inv_freq") and not any(i.search(name) for i in ignored):
+                self._refuse_lost(name)
+        self._first: dict[str, str] = {}
+        """Name of a tensor -> first name of those that are made with it."""
+        for first, parts in self._parts.items():
+            if len({checkpoint.dtypes[name] for name, _ in parts}) > 1:
+                raise ValueError(f"{first} in {checkpoint.folder} is stored in several dtypes: convert them to one")
+            for name, tensor in self._make(first, self._on_meta).items():
+                self._check(name, tensor)
+                self._first[name] = first
+        for name in expected:
+            if name not in self._first:
+                raise ValueError(f"{checkpoint.folder} lacks the tensor {name}: its config.json asks for it")
+
+    def _check_tied(self, name: str, to: str):
+        source = next((n for n in self.checkpoint.shapes if n.endswith(to)), None)
+        if source is not None:
+            with self.checkpoint.open() as read:
+                if torch.equal(read(name), read(source)):
+                    return
+        raise ValueError(
+            f"{name} in {self.checkpoint.folder} differs from the embedding, but its config.json ties them: set "
+            "`tie_word_embeddings` to false"
+        )
+
+    def _refuse_lost(self, name: str):
+        raise ValueError(
+            f"{name} in {self.checkpoint.folder} belongs to no part of a {self.decoder.model_type} model and would be "
+            "lost: remove it first, or save the text model alone"
+        )
+
+    def _on_meta(self, name: str) -> torch.Tensor:
+        return torch.empty(self.checkpoint.shapes[name], dtype=self.checkpoint.dtypes[name], device="meta")
+
+    def _check(self, name: str, tensor: torch.Tensor):
+        expected = self.decoder.tensors.get(name)
+        if expected is None:
+            self._refuse_lost(name)
+        if tensor.shape != expected.shape:
+            raise ValueError(
+                f"{name} in {self.checkpoint.folder} has shape {list(tensor.shape)}, but its config.json asks for "
+                f"{list(expected.shape)}: the two do not belong together"
+            )
+        if tensor.is_floating_point() != expected.is_floating_point():
+            _refuse_dtype(name, self.checkpoint.folder, tensor.dtype)
+
+    def _make(self, first: str, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors that are made together with `first`, by name."""
+        parts = self._parts[first]
+        if parts[0][1] is None:
+            return {first: read(parts[0][0])}
+        converter = deepcopy(self._converters[parts[0][1]])
+        for name, pattern in parts:
+            converter.add_tensor(first, name, pattern, read(name))
+        try:
+            made = converter.convert(first, model=self.decoder.model, config=self.decoder.config)
+        except Exception as error:
+            raise ValueError(
+                f"{first} cannot be made of the {len(parts)} tensors that {self.checkpoint.folder} has for it "
+                f"({' '.join(str(error).split())[:200]}): fetch the checkpoint again"
+            ) from error
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
     @contextmanager
-    def open_layer(self, number: int):
-        """Within this context, a function that brings a tensor of a layer by its name inside it, and those names."""
-        prefix = f"model.layers.{number}."
-        names = [name.removeprefix(prefix) for name in self.expected if name.startswith(prefix)]
-        with self.open() as read:
-            yield lambda name: read(prefix + name), names
+    def open(self) -> Iterator[Callable[[str], torch.Tensor]]:
+        """Within this context, a function that brings a tensor by its name, a view of the file where it can be."""
+        with self.checkpoint.open() as read:
+            yield lambda name: self._make(self._first[name], read)[name]
+
+    def layer(self, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a layer, by name inside it; no views, which would keep what has been read of their file in
+        memory."""
+        names = self.decoder.layer_names(number)
+        prefix = f"{self.decoder.prefix}{number}."
+        tensors = {}
+        with self.checkpoint.open() as read:
+            for first in {self._first[name]: None for name in names}:
+                made = self._make(first, read)
+                tensors |= made if len(self._parts[first]) > 1 else {name: own(part) for name, part in made.items()}
+        return {name.removeprefix(prefix): tensors[name] for name in names}
+
+
+def _refuse_dtype(name: str, place: str | Path, dtype: str | torch.dtype):
+    raise ValueError(f"{name} in {place} has dtype {dtype}: give the checkpoint in float32, bfloat16 or float16")
+
+
+def _natural(name: str) -> list[int | str]:
+    """Sorts expert 10 after expert 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _read_through(path: Path):

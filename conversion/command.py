@@ -4,6 +4,7 @@ import argparse
 from dataclasses import fields
 from typing import get_args
 
+from .listing import list_decoders
 from .pipeline import convert
 from .plan import make_plan
 from .receipt import summary
@@ -38,6 +39,7 @@ _CHOICES = {"mode": get_args(Mode), "router": get_args(Router)}
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the arguments of the command: every option of a [`Recipe`], and how to run it."""
     parser.add_argument("--recipe", metavar="YAML", help="file of options; those given here go before it")
+    parser.add_argument("--list", action="store_true", help="print which decoders of transformers can be converted")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     for option in fields(Recipe):
         text, default = option.metadata["help"], option.default
@@ -68,6 +70,10 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: for bad usage or input; nothing is written then.
     """
+    if options.list:
+        for line in list_decoders():
+            print(line, flush=True)
+        return 0
     given = {option.name: getattr(options, option.name) for option in fields(Recipe)}
     plan = make_plan(load_recipe(options.recipe, **given))
     if options.dry_run:

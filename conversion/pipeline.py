@@ -5,33 +5,34 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
+from mohge.backbones_mohge import FeedForward
 from mohge.model_cards.card import make_card
 from mohge.modeling_mohge import AUTO_MAP, save_code
 
-from .architectures import Architecture, LayerWeights, MoHGE
 from .calibration import Tokens, random_tokens, read_tokens
 from .checkpoint import SIDE_FILES
+from .decoders import Decoder, LayerWeights, MoHGE, Passed
 from .modes import Converted, Layer
 from .plan import Plan
 from .receipt import LogitComparison, make_report
 from .staging import Staging, write_file
-from .window import Stream, layer_window
+from .streams import Stream
 
 
 _BATCH_TOKENS = 4096
 _LOGITS = 2**24
 """Most logits of a model that are computed at once, for large vocabularies."""
-_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 def convert(plan: Plan, progress: bool = False) -> dict:
@@ -57,7 +58,7 @@ def convert(plan: Plan, progress: bool = False) -> dict:
             raise ValueError(
                 f"`calibration_tokens` leaves {fitted} tokens for {plan.target.config.num_experts} experts: raise it"
             )
-    shards = plan.source.config.num_hidden_layers + 2
+    shards = plan.source.num_layers + 1
     staging = Staging(Path(plan.recipe.output), shards, _identity(plan, tokens))
     try:
         with ThreadPoolExecutor(1) as writer:
@@ -85,9 +86,8 @@ class _Conversion:
         # Writes, one after the other, while the next thing is computed: the disk and the processor need not wait for
         # each other. Tensors are let go before the next layer is read.
         self.writer = writer
-        self.checkpoint, self.device = plan.checkpoint, plan.recipe.device
-        self.layers = plan.source.config.num_hidden_layers
-        # What enters a layer of the source, of the result, and what enters and leaves the source's feed-forward.
+        self.device, self.layers = plan.recipe.device, plan.source.num_layers
+        # What comes before a layer of the source, of the result, and what enters and leaves the source's feed-forward.
         self.source, self.target = Stream(staging.scratch, "source"), Stream(staging.scratch, "target")
         self.entering, self.leaving = Stream(staging.scratch, "entering"), Stream(staging.scratch, "leaving")
         sequences = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
@@ -96,20 +96,22 @@ class _Conversion:
         self.fitted = range(-(-len(fitted) // sequences))
         """Batches that statistics are taken over."""
         self.held_out = range(len(self.fitted), len(self.batches))
+        self.batches = [batch.to(self.device) for batch in self.batches]
         self.fitted_tokens = fitted.numel()
 
     def run(self) -> dict:
         plan, staging = self.plan, self.staging
-        sealed = self._copy_shard(1, [_EMBEDDING])
-        self._embed()
+        with plan.tensors.open() as read:
+            outer = {name: read(name) for name in plan.source.outer_names}
+        sealed = self._copy_outer(outer)
+        for decoder in (plan.source, plan.target):
+            decoder.load_outer(outer, self.device)
         difficulty = self._difficulty() if plan.mode.needs_difficulty else None
         reports = [staging.scratch / f"layer-{number}.json" for number in range(self.layers)]
         for number in tqdm(range(self.layers), "layers", disable=not self.progress):
             if not reports[number].exists():
                 notes = self._layer(number, difficulty)
                 sealed.append(self.writer.submit(self._seal, number, reports[number], notes))
-        last = [_NORM] if plan.target.config.tie_word_embeddings else [_NORM, _HEAD]
-        sealed += self._copy_shard(self.layers + 2, last)
         for future in sealed:
             future.result()
         layers = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
@@ -125,55 +127,34 @@ class _Conversion:
         for stream in (self.source, self.target, self.entering, self.leaving):
             stream.drop(number)
 
-    def _copy_shard(self, number: int, names: list[str]) -> list[Future]:
-        """Write a shard of tensors that stay as they are; what remains to be waited for."""
-        if self.staging.has_shard(number):
+    def _copy_outer(self, tensors: dict[str, torch.Tensor]) -> list[Future]:
+        """Write the first shard, of the tensors outside of the layers; what remains to be waited for."""
+        if self.staging.has_shard(1):
             return []
-        with self.checkpoint.open() as read:
-            self.staging.write_shard(number, {name: read(name) for name in names})
-        return [self.writer.submit(self.staging.seal_shard, number)]
+        self.staging.write_shard(1, self.plan.mode.on_disk(tensors))
+        return [self.writer.submit(self.staging.seal_shard, 1)]
 
-    def _embed(self):
-        """The states that enter the first layer."""
-        if (self.staging.scratch / "layer-0.json").exists():
-            return
-        with self.checkpoint.open() as read:
-            embedding = read(_EMBEDDING)
-            for batch, ids in enumerate(self.batches):
-                states = F.embedding(ids, embedding)
-                self.source.save(0, batch, states)
-                if batch in self.held_out:
-                    self.target.save(0, batch, states)
-
-    @contextmanager
-    def _window(self, number: int, architecture: Architecture, state: dict[str, torch.Tensor]) -> Iterator[nn.Module]:
-        norm = None
-        if number == self.layers - 1:
-            with self.checkpoint.open() as read:
-                norm = read(_NORM).clone()
-        with layer_window(architecture, number, state, norm, self.device) as decoder:
-            yield decoder
-
-    def _source_state(self, number: int) -> dict[str, torch.Tensor]:
-        with self.checkpoint.open_layer(number) as (read, names):
-            return self.plan.source.module_state(number, read, names)
-
-    def _forward(self, decoder: nn.Module, states: torch.Tensor) -> torch.Tensor:
-        return decoder(inputs_embeds=states.to(self.device), use_cache=False).last_hidden_state
+    def _advance(self, decoder: Decoder, number: int, batch: int, stream: Stream) -> tuple:
+        """The fields of [`Passed`]: what a layer makes of a batch."""
+        before = Passed(*stream.load(number, batch)) if number else None
+        return tuple(decoder.run(number, self.batches[batch], before))
 
     def layer(self, number: int, difficulty: torch.Tensor | None) -> Layer:
         """What modes are told of a layer; its generator does not depend on other layers."""
         generator = torch.Generator().manual_seed(self.plan.recipe.seed * 1_000_003 + number)
-        return Layer(number, generator, self.fitted_tokens, difficulty, self.device)
+        return Layer(number, self.plan.source.block(number), generator, self.fitted_tokens, difficulty, self.device)
 
     def _layer(self, number: int, difficulty: torch.Tensor | None) -> dict:
         """Convert a layer and write its shard; what the receipt says of it."""
-        layer = self.layer(number, difficulty)
-        statistics = self.observe(layer)
-        tensors, squares = self._convert(layer, statistics)
-        del statistics
-        prefix = f"model.layers.{number}."
-        named = {prefix + name: tensor for name, tensor in tensors.items()}
+        plan, layer = self.plan, self.layer(number, difficulty)
+        state = plan.tensors.layer(number)
+        weights = plan.source.read_layer(number, state)
+        statistics = self.observe(layer, state, weights)
+        converted = Converted(weights) if weights.expert is None else plan.mode.convert(layer, weights, statistics)
+        tensors, squares = plan.target.write_layer(number, converted.weights), converted.squares
+        del state, weights, statistics, converted
+        prefix = f"{plan.target.prefix}{number}."
+        named = plan.mode.on_disk({prefix + name: tensor for name, tensor in tensors.items()})
         writing = self.writer.submit(self.staging.write_shard, 2 + number, named)
         notes = {"layer": number, **self._check(number, tensors)}
         writing.result()
@@ -183,71 +164,55 @@ class _Conversion:
             notes["calibration_error"] = math.sqrt(refitted / whole) if whole else 0.0
         return notes
 
-    def _convert(self, layer: Layer, statistics: Any) -> tuple[dict[str, torch.Tensor], list[torch.Tensor] | None]:
-        plan, number = self.plan, layer.number
-        with self.checkpoint.open_layer(number) as (read, names):
-            weights = plan.source.read_layer(number, read, names)
-            converted = plan.mode.convert(layer, weights, statistics) if self._changes(weights) else Converted(weights)
-            return plan.target.write_layer(number, converted.weights), converted.squares
-
-    def _changes(self, weights: LayerWeights) -> bool:
-        """Whether the mode has something to convert: not in the layers of a mixture that are dense."""
-        return weights.expert is not None or self.plan.mode.takes == "dense"
-
-    def observe(self, layer: Layer) -> Any:
+    def observe(self, layer: Layer, state: dict[str, torch.Tensor], weights: LayerWeights) -> Any:
         """Run a layer of the source on all tokens; what the mode makes of those that are not held out."""
-        number, statistics, ran = layer.number, None, False
-        with self._window(number, self.plan.source, self._source_state(number)) as decoder:
+        number, source, statistics, ran = layer.number, self.plan.source, None, False
+        with source.layer(number, state, self.device) as found:
 
-            def run(observing: Callable[[nn.Module], AbstractContextManager] = nullcontext):
+            def run(observing: Callable[[FeedForward], AbstractContextManager] = lambda found: nullcontext()):
                 nonlocal ran
-                with observing(decoder):
+                with observing(found):
                     for batch in tqdm(self.fitted, "calibration", leave=False, disable=not self.progress):
-                        states = self._forward(decoder, self.source.load(number, batch))
+                        states = self._advance(source, number, batch, self.source)
                         if not ran:
                             self.source.save(number + 1, batch, states)
                 ran = True
 
-            with self.checkpoint.open_layer(number) as (read, names):
-                weights = self.plan.source.read_layer(number, read, names)
-                if self._changes(weights):
-                    statistics = self.plan.mode.observe(layer, weights, run)
-                del weights
+            if weights.expert is not None:
+                statistics = self.plan.mode.observe(layer, weights, run)
             if not ran:
                 run()
             for batch in self.held_out:
 
-                def keep(module, args, output, batch=batch):
-                    self.entering.save(number, batch, args[0])
-                    self.leaving.save(number, batch, output)
+                def keep(module, args, kwargs, output, batch=batch):
+                    self.entering.save(number, batch, (args, kwargs))
+                    self.leaving.save(number, batch, _states(output))
 
-                hook = decoder.layers[0].mlp.register_forward_hook(keep)
-                self.source.save(number + 1, batch, self._forward(decoder, self.source.load(number, batch)))
+                hook = _measured(found).register_forward_hook(keep, with_kwargs=True)
+                self.source.save(number + 1, batch, self._advance(source, number, batch, self.source))
                 hook.remove()
         return statistics
 
     def _check(self, number: int, tensors: dict[str, torch.Tensor]) -> dict:
         """Run a layer of the result: its error where the source's feed-forward had the same input, and the experts
         that no token came to."""
-        target, chosen = self.plan.target, []
+        target = self.plan.target
         whole = missed = torch.zeros((), dtype=torch.float64)
-        state = target.module_state(number, tensors.__getitem__, list(tensors))
-        with self._window(number, target, state) as decoder:
-            feed_forward = decoder.layers[0].mlp
+        with target.layer(number, tensors, self.device) as found:
             for batch in self.held_out:
-                output = feed_forward(self.entering.load(number, batch).to(self.device)).cpu()
-                expected = self.leaving.load(number, batch)
+                args, kwargs = send_to_device(self.entering.load(number, batch), self.device)
+                output, expected = _states(_measured(found)(*args, **kwargs)).cpu(), self.leaving.load(number, batch)
                 whole = whole + expected.square().sum(dtype=torch.float64)
                 missed = missed + (output - expected).square().sum(dtype=torch.float64)
-            routed = hasattr(feed_forward, "gate")
-            if routed:
-                feed_forward.gate.register_forward_hook(
-                    lambda module, args, output: chosen.append(output[2].flatten())
-                )
+            chosen = []
+            experts = 0 if found.experts is None else found.experts.num_experts
+            if experts:
+                hook = found.experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1].flatten()))
             for batch in self.held_out:
-                self.target.save(number + 1, batch, self._forward(decoder, self.target.load(number, batch)))
-            experts = feed_forward.experts.num_experts if routed else 0
-        counts = torch.cat(chosen).bincount(minlength=experts)[:experts] if routed else torch.empty(0)
+                self.target.save(number + 1, batch, self._advance(target, number, batch, self.target))
+            if experts:
+                hook.remove()
+        counts = torch.cat(chosen).bincount(minlength=experts)[:experts] if experts else torch.empty(0)
         return {
             "relative_error": (missed / whole).sqrt().item() if whole else missed.item(),
             "dead_experts": (counts == 0).nonzero().flatten().tolist(),
@@ -260,10 +225,9 @@ class _Conversion:
             return load_file(path)["losses"]
         stream = Stream(self.staging.scratch, "plain")
         for number in tqdm(range(self.layers), "difficulty of tokens", disable=not self.progress):
-            before = stream if number else self.source
-            with self._window(number, self.plan.source, self._source_state(number)) as decoder:
+            with self.plan.source.layer(number, self.plan.tensors.layer(number), self.device):
                 for batch in self.fitted:
-                    stream.save(number + 1, batch, self._forward(decoder, before.load(number, batch)))
+                    stream.save(number + 1, batch, self._advance(self.plan.source, number, batch, stream))
             stream.drop(number)
         losses = []
         for batch in self.fitted:
@@ -280,26 +244,24 @@ class _Conversion:
     def _compare_logits(self) -> LogitComparison:
         comparison = LogitComparison()
         for batch in self.held_out:
-            states = [stream.load(self.layers, batch) for stream in (self.source, self.target)]
-            for logits in self._logits(self.batches[batch], *states):
+            last = [stream.load(self.layers, batch) for stream in (self.source, self.target)]
+            for logits in self._logits(self.batches[batch], *last):
                 comparison.add(*logits)
         return comparison
 
-    def _logits(self, ids: torch.Tensor, *states: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Targets [t], and logits [t, V] of each of `states`, a few tokens at a time."""
-        with self.checkpoint.open() as read:
-            head = read(_EMBEDDING if self.plan.source.config.tie_word_embeddings else _HEAD).to(self.device)
-            step = max(64, _LOGITS // head.shape[0])
-            parts = (_targets(ids), *(s.flatten(0, 1) for s in states))
-            for part in zip(*(part.to(self.device).split(step) for part in parts), strict=True):
-                logits = (torch.cat([F.linear(s, rows.float()) for rows in head.split(8192)], -1) for s in part[1:])
-                yield part[0], *logits
+    def _logits(self, ids: torch.Tensor, *last: tuple) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Targets [t], and the logits [t, V] that follow from each of `last`, a few tokens at a time."""
+        source, targets = self.plan.source, _targets(ids).view_as(ids)
+        step = max(1, _LOGITS // source.config.vocab_size // len(ids))
+        for positions in torch.arange(ids.shape[1], device=self.device).split(step):
+            logits = (source.logits(ids, Passed(*passed), positions).flatten(0, 1) for passed in last)
+            yield targets[:, positions].flatten(), *logits
 
     def _finish(self, report: dict):
         plan, folder = self.plan, self.staging.folder
         for pattern in SIDE_FILES:
-            for file in filter(Path.is_file, self.checkpoint.folder.glob(pattern)):
-                copied = folder / file.relative_to(self.checkpoint.folder)
+            for file in filter(Path.is_file, self.plan.checkpoint.folder.glob(pattern)):
+                copied = folder / file.relative_to(self.plan.checkpoint.folder)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
         write_file(folder / "conversion_recipe.yaml", plan.mode.resolved(plan.revision).to_yaml())
@@ -314,15 +276,25 @@ class _Conversion:
         plan, config = self.plan, self.plan.target.config
         if not isinstance(plan.target, MoHGE):
             fields = dict(plan.source.config.source_config)
-            if config.dtype != self.checkpoint.dtype:  # it has been trained in another one since
+            if config.dtype != self.plan.checkpoint.dtype:  # it has been trained in another one since
                 fields.pop("torch_dtype", None)
-                fields["dtype"] = str(self.checkpoint.dtype).removeprefix("torch.")
+                fields["dtype"] = str(self.plan.checkpoint.dtype).removeprefix("torch.")
             write_file(folder / "config.json", json.dumps(fields, indent=2) + "\n")
             return
         if not isinstance(plan.source, MoHGE):
             config.source_config = plan.fields
         config.architectures, config.auto_map = ["MoHGEForCausalLM"], dict(AUTO_MAP)
         config.save_pretrained(folder)
+
+
+def _measured(found: FeedForward) -> nn.Module:
+    """What is compared of a feed-forward: all of it, or where it lies beside a dense one, its experts."""
+    return found.module if found.name else found.experts
+
+
+def _states(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The states that a feed-forward returns, some with router logits beside them."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _targets(ids: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,8 @@ import torch
 
 from mohge.info import ParameterCounts, parameter_counts
 
-from .architectures import Architecture
-from .checkpoint import Checkpoint, find_source
-from .loading import make_architecture
+from .checkpoint import Checkpoint, NamedTensors, find_source
+from .decoders import MoHGE, Source, make_decoder
 from .modes import MODES, Mode
 from .recipe import Recipe
 
@@ -23,6 +22,7 @@ class Plan:
     fields: dict
     """The source's config.json."""
     checkpoint: Checkpoint
+    tensors: NamedTensors
     mode: Mode
     before: ParameterCounts
     after: ParameterCounts
@@ -30,11 +30,11 @@ class Plan:
     """Bytes of weights to be written."""
 
     @property
-    def source(self) -> Architecture:
+    def source(self) -> Source | MoHGE:
         return self.mode.source
 
     @property
-    def target(self) -> Architecture:
+    def target(self) -> Source | MoHGE:
         return self.mode.target
 
     def describe(self) -> str:
@@ -48,7 +48,7 @@ class Plan:
             "activated per token": f"{self.before.activated:,} -> {self.after.activated:,}",
             "weights to be written": f"{self.size:,} bytes",
         }
-        config = self.target.equivalent()
+        config = self.target.equivalent
         if config.sparse_layers and not config.is_heterogeneous:
             groups = zip(config.expert_counts, config.moe_intermediate_sizes, strict=True)
             lines["expert groups"] = ", ".join(f"{count} of width {width}" for count, width in groups)
@@ -66,18 +66,20 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_device(recipe.device)
 
     def mode_for(fields: dict, dtype: torch.dtype | None = None) -> Mode:
-        architecture = make_architecture(fields)
         if dtype is not None:
-            architecture.config.dtype = dtype
-        return MODES[recipe.mode](recipe, architecture)
+            fields = {name: value for name, value in fields.items() if name != "torch_dtype"}
+            fields["dtype"] = str(dtype).removeprefix("torch.")
+        return MODES[recipe.mode](recipe, make_decoder(fields))
 
     # The mode is tried on the config before weights are fetched, and made again when their dtype is known.
     folder, revision, fields = find_source(recipe.source, recipe.revision, mode_for)
     checkpoint = Checkpoint(folder)
     mode = mode_for(fields, checkpoint.dtype)
-    checkpoint.check(mode.source.shapes(), mode.source.config.tie_word_embeddings)
-    before, after = (parameter_counts(architecture.equivalent()) for architecture in (mode.source, mode.target))
-    return Plan(recipe, revision, fields, checkpoint, mode, before, after, checkpoint.dtype.itemsize * after.total)
+    tensors = NamedTensors(checkpoint, mode.source)
+    before, after = (parameter_counts(decoder.equivalent) for decoder in (mode.source, mode.target))
+    return Plan(
+        recipe, revision, fields, checkpoint, tensors, mode, before, after, checkpoint.dtype.itemsize * after.total
+    )
 
 
 def _check_output(output: Path):

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 
 
 Mode = Literal["regroup", "trim", "copy", "residual", "split", "shards", "export"]
-Router = Literal["two_level", "top_k", "top_p", "grouped_top_k"]
+Router = Literal["two_level", "top_k", "top_p", "grouped_top_k", "source"]
 
 
 def _option(default, text: str, with_calibration=None):
@@ -35,7 +35,9 @@ class Recipe:
     experts_per_group: int | list[int] | None = _option(None, "experts in each group: one number, or one per group")
     top_k: int | None = _option(None, "experts per token")
     top_groups: int | None = _option(None, "groups kept per token")
-    router: Router | None = _option(None, "router of a dense source's experts (default: two_level)")
+    router: Router | None = _option(
+        None, "router (default: two_level for a dense source, source, its own, for a mixture)"
+    )
     reinit: float | int | None = _option(None, "fraction of each expert's neurons to draw anew (copy)")
     pad: bool | None = _option(None, "pad every expert to the largest width (export)")
     calibration: str | None = _option(None, "text: a Hub id, a folder, or a txt, jsonl, json, csv or parquet file")

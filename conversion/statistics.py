@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mohge.backbones_mohge import FeedForward
+
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 """Called for each batch with the input [T, H] of a feed-forward, after its norm, and its activations [T, D]."""
@@ -22,16 +24,19 @@ _RIDGE = 1e-2
 
 
 @contextmanager
-def observe_dense(decoder: nn.Module, observer: Observer) -> Iterator[None]:
-    """Let `observer` see the dense feed-forward of a window."""
-    feed_forward = decoder.layers[0].mlp
-    seen = {}
+def observe_dense(found: FeedForward, observer: Observer) -> Iterator[None]:
+    """Let `observer` see a dense feed-forward."""
+    inputs = []  # of the feed-forward and then of its projections, the last of which is down
     hooks = [
-        feed_forward.register_forward_pre_hook(lambda module, args: seen.update(x=args[0].flatten(0, -2))),
-        feed_forward.down_proj.register_forward_pre_hook(
-            lambda module, args: observer(seen.pop("x"), args[0].flatten(0, -2))
-        ),
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
+        for module in (found.module, *(m for m in found.module.modules() if isinstance(m, nn.Linear)))
     ]
+
+    def observe(module, args, output):
+        observer(inputs[0], inputs[-1])
+        inputs.clear()
+
+    hooks.append(found.module.register_forward_hook(observe))
     try:
         yield
     finally:
@@ -109,22 +114,26 @@ class ExpertStatistics:
 
 
 @contextmanager
-def observe_experts(decoder: nn.Module, statistics: ExpertStatistics) -> Iterator[None]:
-    """Let `statistics` see the routed experts of a window, of transformers' own class."""
+def observe_experts(found: FeedForward, statistics: ExpertStatistics) -> Iterator[None]:
+    """Let `statistics` see the routed experts of a mixture, of transformers' own class."""
+
+    def linear(self, x, name, expert):
+        weight = getattr(self, name)[expert]
+        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+        return F.linear(x, weight.T if self.is_transposed else weight, bias)
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         output = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token_idx, position = torch.where(top_k_index == expert)
             weights = top_k_weights[token_idx, position]
-            gate, up = F.linear(hidden_states[token_idx], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            activations = self.act_fn(gate) * up
-            result = F.linear(activations, self.down_proj[expert]) * weights[:, None]
+            activations = self._apply_gate(linear(self, hidden_states[token_idx], "gate_up_proj", expert))
+            result = linear(self, activations, "down_proj", expert) * weights[:, None]
             statistics.add(expert, activations, result, weights)
             output.index_add_(0, token_idx, result)
         return output
 
-    config, name = decoder.config, "mohge_statistics"
+    config, name = found.experts.config, "mohge_statistics"
     before = config._experts_implementation
     ALL_EXPERTS_FUNCTIONS[name] = forward
     config._experts_implementation = name

@@ -24,6 +24,7 @@ _ROUTING = {
     "top_k": ("the best experts of all groups", "HMoE", "2408.10681"),
     "top_p": ("the best experts of all groups, as many as reach a probability", "HMoE", "2408.10681"),
     "grouped_top_k": ("the same number of experts in each group", "Hi-MoE", "2605.08292"),
+    "source": ("experts by the rule of the model it is built on", None, None),
 }
 """Router type -> what a token is sent to, the system that has it, and its paper on arXiv."""
 

@@ -10,7 +10,7 @@ from . import quiet  # isort: skip # noqa: F401
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_mohge import MoHGEConfig
-from .modeling_mohge import MoHGEForCausalLM, MoHGEModel, MoHGEPreTrainedModel
+from .modeling_mohge import MoHGEForCausalLM, MoHGEModel, MoHGEPreTrainedModel, record_routing
 
 
 AutoConfig.register("mohge", MoHGEConfig)
@@ -21,4 +21,4 @@ MoHGEConfig.register_for_auto_class()
 MoHGEModel.register_for_auto_class("AutoModel")
 MoHGEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["MoHGEConfig", "MoHGEForCausalLM", "MoHGEModel", "MoHGEPreTrainedModel"]
+__all__ = ["MoHGEConfig", "MoHGEForCausalLM", "MoHGEModel", "MoHGEPreTrainedModel", "record_routing"]

@@ -3,14 +3,18 @@
 # First: it says in one line what the imports below cannot, where transformers is too old for them.
 from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
 
+import copy
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .backbones_mohge import is_mixture, layers_without_experts
 
 
 ROUTER_COEFFICIENTS = {
@@ -26,11 +30,31 @@ ROUTER_COEFFICIENTS = {
 """Name of each router loss -> the config field that holds its coefficient."""
 
 
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window"),
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-)
+_DEFAULT_BACKBONE = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 15,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+"""The shape of MoHGE-3B with ordinary attention."""
+
+_MOVED_FIELDS = {
+    "qk_norm": '"qwen3" (per head) or "olmo2" (over all heads)',
+    "clip_qkv": '"olmoe"',
+    "attention_out_bias": '"qwen2"',
+    "sliding_window": '"mistral" or "qwen3"',
+    "layer_types": '"qwen3"',
+    **dict.fromkeys(
+        ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), '"deepseek_v2"'
+    ),
+}
+"""Field of attention that the first version had -> backbones that have it."""
 _DERIVED_FIELDS = {
     "num_experts": "num_experts_per_group",
     "num_local_experts": "num_experts_per_group",
@@ -47,77 +71,23 @@ def divisors(number: int) -> list[int]:
 @strict
 class MoHGEConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`MoHGEModel`]: a pre-norm decoder whose feed-forward layers are mixtures of SwiGLU experts in
-    groups of different width. The defaults give the shape of MoHGE-3B (https://huggingface.co/papers/2604.23108) with
-    ordinary attention. A homogeneous MoE is the case of equal widths.
+    Configuration of a [`MoHGEModel`]: a decoder of transformers, the backbone, whose feed-forward layers are mixtures
+    of gated experts in groups of different width. The defaults give the shape of MoHGE-3B
+    (https://huggingface.co/papers/2604.23108) with ordinary attention. A homogeneous MoE is the case of equal widths.
 
     Experts are numbered set by set: with `P = gcd(num_experts_per_group)` sets, set `p` holds the experts
     `[p N_g / P, (p + 1) N_g / P)` of every group `g`, and ids ascend by (set, group, index in group). Any number of
     devices that divides `P` then owns a contiguous range of ids with the same parameters on each.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 128256):
-            Number of tokens in the vocabulary.
-        hidden_size (`int`, *optional*, defaults to 1024):
-            Width of the residual stream.
-        intermediate_size (`int`, *optional*, defaults to 4096):
-            Width of the dense SwiGLU feed-forward of the layers in `mlp_only_layers`.
-        num_hidden_layers (`int`, *optional*, defaults to 15):
-            Number of decoder layers.
-        num_attention_heads (`int`, *optional*, defaults to 16):
-            Number of query heads.
-        num_key_value_heads (`int`, *optional*):
-            Number of key and value heads (grouped-query attention); defaults to `num_attention_heads`.
-        head_dim (`int`, *optional*):
-            Width of a head; defaults to `hidden_size // num_attention_heads`. With multi-head latent attention it is
-            always `qk_rope_head_dim`, the part that is rotated.
-        hidden_act (`str`, *optional*, defaults to `"silu"`):
-            Activation of the gate projection in experts and dense feed-forwards.
-        max_position_embeddings (`int`, *optional*, defaults to 4096):
-            Longest sequence, in tokens.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the normal initialisation of every weight matrix.
-        rms_norm_eps (`float`, *optional*, defaults to 1e-05):
-            Epsilon of the RMS norms.
-        use_cache (`bool`, *optional*, defaults to `True`):
-            Whether the model returns its key-value cache.
-        pad_token_id (`int`, *optional*): Padding token.
-        bos_token_id (`int`, *optional*): Beginning-of-sequence token.
-        eos_token_id (`int` or `list[int]`, *optional*): End-of-sequence token.
-        tie_word_embeddings (`bool`, *optional*, defaults to `False`):
-            Whether the output projection is the input embedding.
-        rope_parameters (`dict`, *optional*):
-            Rotary embedding: `rope_theta` (10000 by default), `rope_type` and the parameters of that type.
-        attention_bias (`bool`, *optional*, defaults to `False`):
-            Whether the attention projections have biases.
-        attention_out_bias (`bool`, *optional*):
-            Whether the output projection of attention has one; defaults to `attention_bias`. Qwen2 has biases in
-            queries, keys and values only.
-        attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout probability of the attention weights.
-        clip_qkv (`float`, *optional*):
-            If set, queries, keys and values are clipped to `[-clip_qkv, clip_qkv]`, as in OLMoE.
-        qk_norm (`str`, *optional*):
-            RMS norm of queries and keys: `"head"` per head (Qwen3), `"hidden"` over all heads at once (OLMoE), `None`
-            for no norm.
-        sliding_window (`int`, *optional*):
-            Attention window, in tokens, of the layers whose type is `"sliding_attention"`.
-        layer_types (`list[str]`, *optional*):
-            `"full_attention"` or `"sliding_attention"` for each layer; by default all sliding if `sliding_window` is
-            set, else all full.
-        q_lora_rank (`int`, *optional*):
-            Multi-head latent attention: rank of the query compression; `None` for a plain query projection.
-        kv_lora_rank (`int`, *optional*):
-            Multi-head latent attention: rank of the key-value compression. Setting it chooses multi-head latent
-            attention, as DeepSeek-V2 has it (https://huggingface.co/papers/2405.04434).
-        qk_nope_head_dim (`int`, *optional*, defaults to 128):
-            Multi-head latent attention: width of the part of a query or key head that is not rotated.
-        qk_rope_head_dim (`int`, *optional*, defaults to 64):
-            Multi-head latent attention: width of the rotated part of a query or key head.
-        v_head_dim (`int`, *optional*, defaults to 128):
-            Multi-head latent attention: width of a value head.
-        mlp_only_layers (`list[int]`, *optional*, defaults to `[]`):
-            Layers that have a dense feed-forward of `intermediate_size` instead of experts.
+        backbone_config (`PreTrainedConfig`, `dict` or `str`, *optional*):
+            The decoder whose feed-forward is replaced: the config of any text decoder of transformers, its fields with
+            `model_type`, or a Hub id or folder. Everything about attention, norms, embeddings, rotary embeddings and
+            caches is there. Fields of the backbone are also read and set on this config (`config.hidden_size`), and
+            may be given here by name: without `backbone_config` they make a Llama.
+        mlp_only_layers (`list[int]`, *optional*):
+            Layers that keep the backbone's own feed-forward. By default none or, with `router_type="source"`, those
+            that have no experts.
         moe_intermediate_sizes (`list[int]`, *optional*, defaults to `[384, 512, ..., 1280]`):
             Intermediate width `W_g` of the experts of each group, ascending (equal widths are allowed).
         num_experts_per_group (`int` or `list[int]`, *optional*, defaults to 8):
@@ -131,9 +101,11 @@ class MoHGEConfig(PreTrainedConfig):
             Width of the shared expert, which every token passes through; 0 for none.
         shared_expert_gate (`bool`, *optional*, defaults to `False`):
             Whether the shared expert's output is scaled by a sigmoid gate, as in Qwen2-MoE.
-        router_type (`str`, *optional*, defaults to `"two_level"`):
+        router_type (`str`, *optional*):
             `"two_level"` (MoHGE), `"top_k"` or `"top_p"` over all experts (HMoE, MoDSE and every homogeneous MoE), or
-            `"grouped_top_k"` (Hi-MoE: the same number of experts from each group).
+            `"grouped_top_k"` (Hi-MoE: the same number of experts from each group). These replace the backbone's whole
+            feed-forward. `"source"` replaces the experts of a mixture alone: its own router and shared experts stay.
+            Defaults to `"source"` for a backbone that is a mixture, else to `"two_level"`.
         group_score_function (`str`, *optional*, defaults to `"sigmoid"`):
             Score of a group in the two-level router: `"sigmoid"` (the authors' release) or `"softmax"` of a linear
             group router, or `"expert_logsumexp"`, which has no group weight: the softmax over groups of the logsumexp
@@ -198,9 +170,11 @@ class MoHGEConfig(PreTrainedConfig):
     """
 
     model_type = "mohge"
+    sub_configs = {"backbone_config": AutoConfig}
     keys_to_ignore_at_inference = [
         "cache",
         "aux_loss",
+        "lm_loss",
         "router_losses",
         "tokens_per_expert",
         "router_logits",
@@ -208,49 +182,15 @@ class MoHGEConfig(PreTrainedConfig):
     ]
     attribute_map = {"num_local_experts": "num_experts"}
 
-    base_model_pp_plan = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
-
-    vocab_size: int = 128256
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 15
-    num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    tie_word_embeddings: bool = False
-    rope_parameters: RopeParameters | dict | None = None
-    attention_bias: bool = False
-    attention_out_bias: bool | None = None
-    attention_dropout: float | int = 0.0
-    clip_qkv: float | int | None = None
-    qk_norm: Literal["head", "hidden"] | None = None
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
-    q_lora_rank: int | None = None
-    kv_lora_rank: int | None = None
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
+    backbone_config: PreTrainedConfig | dict | str | None = None
     mlp_only_layers: list[int] | None = None
     moe_intermediate_sizes: list[int] | tuple[int, ...] = (384, 512, 640, 768, 896, 1024, 1152, 1280)
     num_experts_per_group: int | list[int] | tuple[int, ...] = 8
-    num_experts_per_tok: int = 6
+    num_experts_per_tok: int | None = None
     num_groups_per_tok: int | None = None
-    shared_expert_intermediate_size: int = 2048
+    shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
-    router_type: Literal["two_level", "top_k", "top_p", "grouped_top_k"] = "two_level"
+    router_type: Literal["two_level", "top_k", "top_p", "grouped_top_k", "source"] | None = None
     group_score_function: Literal["sigmoid", "softmax", "expert_logsumexp"] = "sigmoid"
     topk_weight_normalization: Literal["sum", "softmax", "none"] = "sum"
     routed_scaling_factor: float | int = 1.0
@@ -273,18 +213,18 @@ class MoHGEConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.kv_lora_rank is not None:
-            self.head_dim = self.qk_rope_head_dim  # what the rotary embedding and the cache go by
-        elif self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-        if self.attention_out_bias is None:
-            self.attention_out_bias = self.attention_bias
-        if self.layer_types is None:
-            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-            self.layer_types = [kind] * self.num_hidden_layers
-        self.mlp_only_layers = [] if self.mlp_only_layers is None else list(self.mlp_only_layers)
+        self.backbone_config, kwargs = _make_backbone(self.backbone_config, kwargs)
+        if self.router_type is None:
+            # The field alone says little: some configs have it for decoders that may be mixtures.
+            mixture = self._of_backbone(*_NUM_EXPERTS) is not None and is_mixture(self.backbone_config)
+            self.router_type = "source" if mixture else "two_level"
+        if self.num_experts_per_tok is None:
+            self.num_experts_per_tok = self._of_backbone(*_EXPERTS_PER_TOKEN) if self.keeps_router else 6
+        if self.shared_expert_intermediate_size is None:
+            self.shared_expert_intermediate_size = 0 if self.keeps_router else 2048
+        if self.mlp_only_layers is None:
+            self.mlp_only_layers = layers_without_experts(self.backbone_config) if self.keeps_router else []
+        self.mlp_only_layers = list(self.mlp_only_layers)
         self.moe_intermediate_sizes = list(self.moe_intermediate_sizes)
         if not isinstance(self.num_experts_per_group, int):
             self.num_experts_per_group = list(self.num_experts_per_group)
@@ -307,7 +247,6 @@ class MoHGEConfig(PreTrainedConfig):
                 f"{', '.join(sorted(_PER_LAYER_FIELDS))}"
             )
         # A strict config wraps what its validators raise in an error that is no ValueError: run ours here first.
-        self.validate_backbone()
         self.validate_experts()
         self.validate_router()
         self.validate_router_losses()
@@ -315,8 +254,42 @@ class MoHGEConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """See `PreTrainedConfig.from_dict`. Fields in `kwargs` are checked together with the others."""
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__annotations__}
+        own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        backbone = config_dict.get("backbone_config") or _DEFAULT_BACKBONE
+        names = own | _fields_of(backbone["model_type"]) if isinstance(backbone, dict) else own
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
         return super().from_dict({**config_dict, **fields}, **kwargs)
+
+    # Fields of the backbone are read and set through this config, as `config.hidden_size` is by everybody.
+
+    def __getattr__(self, name: str) -> Any:
+        backbone = self.__dict__.get("backbone_config")
+        if name.startswith("_") or not isinstance(backbone, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__} has no attribute `{name}`")
+        return getattr(backbone, name)
+
+    def __setattr__(self, name: str, value: Any):
+        backbone = self.__dict__.get("backbone_config")
+        if isinstance(backbone, PreTrainedConfig) and not name.startswith("_"):
+            shared = name in ("output_hidden_states", "output_attentions")
+            if shared or (not hasattr(type(self), name) and hasattr(backbone, name)):
+                setattr(backbone, name, value)
+                if not shared:
+                    return
+        super().__setattr__(name, value)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """See `PreTrainedConfig.get_text_config`: the backbone's config."""
+        return self.backbone_config
+
+    @property
+    def keeps_router(self) -> bool:
+        """Whether the backbone's own router stays, and only its experts are replaced."""
+        return self.router_type == "source"
+
+    def _of_backbone(self, *names: str) -> Any:
+        """The first of these fields that the backbone has."""
+        return next((value for name in names if (value := getattr(self.backbone_config, name, None))), None)
 
     def _default_num_groups_per_tok(self) -> int:
         counts = sorted(self.expert_counts)
@@ -403,120 +376,18 @@ class MoHGEConfig(PreTrainedConfig):
         """The config of each layer that has experts, in order (they differ only under `per_layer_config`)."""
         return [self.per_layer_config[i] for i in range(self.num_hidden_layers) if i not in self.mlp_only_layers]
 
-    # Parallel plans name every group's weights, so they depend on the number of groups.
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor-parallel style of each module and parameter."""
-        if self.kv_lora_rank is not None:
-            attention = {
-                "q_b_proj" if self.q_lora_rank is not None else "q_proj": "colwise",
-                "kv_a_proj_with_mqa": "mla_kv_a_proj",
-                "kv_b_proj": "colwise",
-                "o_proj": "rowwise",
-            }
-        elif self.qk_norm == "hidden":  # the norm needs all heads
-            attention = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
-            attention["o_proj"] = "rowwise_split_input"
-        else:
-            attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
-            if self.qk_norm == "head":
-                attention |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
-        feed_forward = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-        plan = {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
-        if self.mlp_only_layers:
-            plan |= {f"layers.*.mlp.{name}": style for name, style in feed_forward.items()}
-        if self.shared_expert_intermediate_size:
-            plan |= {f"layers.*.mlp.shared_expert.{name}": style for name, style in feed_forward.items()}
-        return plan | self._experts_plan("packed_colwise", "rowwise", "moe_tp_experts")
-
-    @property
-    def base_model_ep_plan(self) -> dict[str, str]:
-        """Expert-parallel style of the experts and each of their parameters."""
-        return self._experts_plan("heterogeneous_experts", "heterogeneous_experts", "ep_dispatch_experts")
-
-    def _experts_plan(self, gate_up: str, down: str, experts: str) -> dict[str, str]:
-        groups = max((layer.num_groups for layer in self._distinct_layers()), default=0)
-        plan = {}
-        for group in range(groups):
-            plan[f"layers.*.mlp.experts.gate_up_proj_{group}"] = gate_up
-            plan[f"layers.*.mlp.experts.down_proj_{group}"] = down
-        return plan | {"layers.*.mlp.experts": experts}
-
     # Validation. `strict` runs every `validate_*` again when a config is saved.
 
-    def validate_backbone(self):
-        """Check the fields of attention and of the dense layers."""
-        for name in _SIZES:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                off = ", or None" if type(self).__dataclass_fields__[name].default is None else ""
-                raise ValueError(f"`{name}` is {value}: it must be at least 1{off}")
-        if self.clip_qkv is not None and self.clip_qkv <= 0:
-            raise ValueError(f"`clip_qkv` is {self.clip_qkv}: it must be above 0, or None for no clipping")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"`attention_dropout` is {self.attention_dropout}: it is a probability, in [0, 1)")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"`pad_token_id` is {self.pad_token_id}: it must be below `vocab_size`, or None")
-        for name in ("initializer_range", "rms_norm_eps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}: it must not be negative")
-        self._validate_rope()
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f'`hidden_act` is "{self.hidden_act}", which transformers does not have: use "silu"')
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-                f"({self.num_key_value_heads}): change one of the two"
-            )
-        if self.head_dim % 2:
-            name = "head_dim" if self.kv_lora_rank is None else "qk_rope_head_dim"
-            raise ValueError(f"`{name}` is {self.head_dim}: rotary embeddings need an even number")
-        kinds = {"full_attention", "sliding_attention"}
-        if len(self.layer_types) != self.num_hidden_layers or not kinds.issuperset(self.layer_types):
-            raise ValueError(
-                f"`layer_types` is {self.layer_types}: leave it None, or give `num_hidden_layers` "
-                f"({self.num_hidden_layers}) entries, each {' or '.join(sorted(kinds))}"
-            )
-        if self.sliding_window is None and "sliding_attention" in self.layer_types:
-            raise ValueError(
-                '`layer_types` has "sliding_attention" but `sliding_window` is None: set `sliding_window` to a number '
-                "of tokens"
-            )
-        if self.kv_lora_rank is not None:
-            for name in ("qk_norm", "clip_qkv", "sliding_window"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"`{name}` does not apply to multi-head latent attention: leave it or `kv_lora_rank` None"
-                    )
-            if self.num_key_value_heads != self.num_attention_heads:
-                raise ValueError(
-                    "`num_key_value_heads` must equal `num_attention_heads` with multi-head latent attention, which "
-                    "shares a latent instead of heads: leave it None"
-                )
-        elif self.q_lora_rank is not None:
-            raise ValueError("`q_lora_rank` belongs to multi-head latent attention: set `kv_lora_rank` as well")
-        outside = [i for i in self.mlp_only_layers if not 0 <= i < self.num_hidden_layers]
-        if outside:
-            raise ValueError(
-                f"`mlp_only_layers` names the layers {outside}, but there are layers 0 to "
-                f"{self.num_hidden_layers - 1} only: remove them"
-            )
+    # Of the fields that those of `PreTrainedConfig` read, the backbone's config has checked its own.
 
-    def _validate_rope(self):
-        rope_type = self.rope_parameters.get("rope_type")
-        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-            raise ValueError(
-                f'`rope_parameters` has rope_type "{rope_type}": use one of default, '
-                f"{', '.join(ROPE_INIT_FUNCTIONS)}, the same for all layers"
-            )
-        if not self.rope_parameters.get("rope_theta", 0) > 0:
-            raise ValueError("`rope_parameters` needs a `rope_theta` above 0, such as 10000.0")
-        if rope_type != "default":
-            try:
-                ROPE_INIT_FUNCTIONS[rope_type](self)
-            except (KeyError, TypeError) as error:
-                raise ValueError(f'`rope_parameters` lacks {error} for rope_type "{rope_type}": give it') from error
+    def validate_architecture(self):
+        """See `PreTrainedConfig.validate_architecture`."""
+
+    def validate_layer_type(self):
+        """See `PreTrainedConfig.validate_layer_type`."""
+
+    def validate_rope(self):
+        """See `RotaryEmbeddingConfigMixin.validate_rope`."""
 
     def validate_experts(self):
         """Check the fields that shape the expert groups."""
@@ -537,11 +408,44 @@ class MoHGEConfig(PreTrainedConfig):
                 )
             if min(counts) < 1:
                 raise ValueError(f"`num_experts_per_group` is {layer.num_experts_per_group}: each must be at least 1")
+        outside = [i for i in self.mlp_only_layers if not 0 <= i < self.num_hidden_layers]
+        if outside:
+            raise ValueError(
+                f"`mlp_only_layers` names the layers {outside}, but there are layers 0 to "
+                f"{self.num_hidden_layers - 1} only: remove them"
+            )
+        if self.keeps_router:
+            self._validate_source()
         if self.shared_expert_intermediate_size < 0:
             raise ValueError("`shared_expert_intermediate_size` is negative: use 0 for no shared expert")
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             raise ValueError(
                 "`shared_expert_gate` needs a shared expert: set `shared_expert_intermediate_size`, or leave it False"
+            )
+
+    def _validate_source(self):
+        has = self._of_backbone(*_NUM_EXPERTS)
+        if has is None:
+            raise ValueError(
+                f'`router_type="source"` keeps the router of a mixture, and a backbone of `model_type` '
+                f'"{self.backbone_config.model_type}" has none: use "two_level", "top_k", "top_p" or "grouped_top_k"'
+            )
+        for layer in self._distinct_layers():
+            if layer.num_experts != has:
+                raise ValueError(
+                    f"`num_experts_per_group` gives {layer.num_experts} experts, but the backbone's router chooses "
+                    f"among {has}: give as many"
+                )
+        chosen = self._of_backbone(*_EXPERTS_PER_TOKEN)
+        if self.num_experts_per_tok != chosen:
+            raise ValueError(
+                f'`num_experts_per_tok` is {self.num_experts_per_tok}, but with `router_type="source"` the backbone '
+                f"decides, and takes {chosen}: leave it None, or change it in `backbone_config`"
+            )
+        if self.shared_expert_intermediate_size or self.routed_scaling_factor != 1:
+            raise ValueError(
+                "`shared_expert_intermediate_size` and `routed_scaling_factor` belong to our routers: leave them at "
+                'their defaults with `router_type="source"`, which keeps the backbone\'s own'
             )
 
     def validate_router(self):
@@ -617,6 +521,60 @@ class MoHGEConfig(PreTrainedConfig):
 
     def _distinct_layers(self) -> list["MoHGEConfig"]:
         return self.sparse_layers if self.is_heterogeneous else [self]
+
+
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
+
+
+def _fields_of(model_type: str) -> set[str]:
+    """Names that a config of this type takes, old spellings included, and `PreTrainedConfig` does not."""
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f'`backbone_config` has `model_type` "{model_type}", which transformers does not have: use one that it has'
+        )
+    cls = CONFIG_MAPPING[model_type]
+    names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+    if "rope_parameters" in names:
+        names |= {"rope_theta", "rope_scaling"}
+    return names - PreTrainedConfig.__dataclass_fields__.keys()
+
+
+def _make_backbone(given: PreTrainedConfig | dict | str | None, fields: dict) -> tuple[PreTrainedConfig, dict]:
+    """The backbone's config, and those of `fields` that are not its own."""
+    if isinstance(given, str):
+        given = AutoConfig.from_pretrained(given)
+    if isinstance(given, PreTrainedConfig):
+        given = given.get_text_config()
+        values, model_type = given.to_dict(), given.model_type
+    else:
+        values = dict(_DEFAULT_BACKBONE if given is None else given)
+        model_type = values.pop("model_type", None)
+        if model_type is None:
+            raise ValueError('`backbone_config` lacks `model_type`: give it, such as "model_type": "llama"')
+    names = _fields_of(model_type)
+    own = {name: value for name, value in fields.items() if name in names}
+    rest = {name: value for name, value in fields.items() if name not in names}
+    _refuse_moved(rest, model_type)
+    if isinstance(given, PreTrainedConfig) and not own:
+        return copy.deepcopy(given), rest
+    return CONFIG_MAPPING[model_type](**values | own).get_text_config(), rest
+
+
+def _refuse_moved(fields: dict, model_type: str):
+    """Take fields that the first version had out of `fields` where they say nothing, and refuse the others."""
+    if fields.get("kv_lora_rank") is None:
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            fields.pop(name, None)
+    if set(fields.get("layer_types") or ()) == {"full_attention"}:
+        del fields["layer_types"]
+    for name in _MOVED_FIELDS.keys() & fields.keys():
+        if not fields.pop(name):
+            continue
+        raise ValueError(
+            f'`{name}` is a field of the backbone, and one of `model_type` "{model_type}" has none: give a '
+            f"`backbone_config` with `model_type` {_MOVED_FIELDS[name]}"
+        )
 
 
 __all__ = ["ROUTER_COEFFICIENTS", "MoHGEConfig", "divisors"]

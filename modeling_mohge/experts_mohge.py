@@ -126,8 +126,10 @@ def mohge_forward(
 def _reason_against_kernels(experts: nn.Module, stacks: list[torch.Tensor], dtype: torch.dtype) -> str | None:
     if mohge_kernels is None:
         return "the package mohge, with its kernels, is not installed"
-    if experts.hidden_act not in ("silu", "swish"):
-        return f'there are no kernels for `hidden_act="{experts.hidden_act}"`, only for "silu"'
+    if experts.has_bias or experts.gate_function is not None:
+        return "there are no kernels for experts with biases or with a gate of their own"
+    if not experts.act_is_silu:
+        return f"there are no kernels for the activation {type(experts.act_fn).__name__}, only for SiLU"
     if any(is_traceable_wrapper_subclass(stack) or not stack.is_contiguous() for stack in stacks):
         return "the experts' weights are no plain contiguous tensors"
     if not is_torchdynamo_compiling() and mohge_kernels.transforms_active():
@@ -168,20 +170,26 @@ def grouped_mm_forward(
         return per_group_forward(
             experts, hidden_states, top_k_index, top_k_weights, function=grouped_mm_experts_forward
         )
-    groups = experts.groups()
+    groups, biases = experts.groups(), experts.biases()
     dtype = compute_dtype(hidden_states, groups[0][0])  # grouped_mm does not follow autocast by itself
     pairs = _SortedPairs(
         experts.sort_keys(top_k_index), [gate_up.shape[0] for gate_up, _ in groups], experts.keys_per_group
     )
     rows = []
-    for rows_in, offsets, (gate_up, down) in zip(
-        pairs.gather(hidden_states.to(dtype)), pairs.offsets, groups, strict=True
-    ):
+    keys = pairs.keys_S.split(pairs.sizes)[:-1]
+    for group, (rows_in, offsets) in enumerate(zip(pairs.gather(hidden_states.to(dtype)), pairs.offsets, strict=True)):
         if rows_in.shape[0] == 0 and not torch.is_grad_enabled():  # with gradients, every group needs one
             rows.append(rows_in)
             continue
-        gate, up = _grouped_linear(rows_in, _cast(gate_up, dtype), offsets).chunk(2, dim=-1)
-        rows.append(_grouped_linear(experts.act_fn(gate) * up, _cast(down, dtype), offsets))
+        gate_up, down = (_cast(stack, dtype) for stack in groups[group])
+        if experts.has_bias:
+            slots = keys[group] - group * experts.keys_per_group
+            gate_up_bias, down_bias = (stack.to(dtype)[slots] for stack in biases[group])
+            gated = experts._apply_gate(_grouped_linear(rows_in, gate_up, offsets) + gate_up_bias)
+            rows.append(_grouped_linear(gated, down, offsets) + down_bias)
+        else:
+            gated = experts._apply_gate(_grouped_linear(rows_in, gate_up, offsets))
+            rows.append(_grouped_linear(gated, down, offsets))
     return pairs.combine(rows, top_k_weights).to(hidden_states.dtype)
 
 
@@ -241,7 +249,7 @@ def per_group_forward(
     those of other groups are masked the way expert parallelism masks those of other ranks: local id `N_g`, weight 0.
     """
     keys_TK = experts.sort_keys(top_k_index)
-    views = [_GroupOfExperts(experts, gate_up, down) for gate_up, down in experts.groups()]
+    views = [_GroupOfExperts(experts, *group) for group in zip(experts.groups(), experts.biases(), strict=True)]
     if is_torchdynamo_compiling() or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
         output = torch.zeros_like(hidden_states)
         for group, view in enumerate(views):
@@ -266,16 +274,16 @@ class _GroupOfExperts:
     """What a function for experts of one width reads of its module."""
 
     has_gate = True
-    has_bias = False
     has_post_expert_norm = False
     is_concatenated = True
     is_transposed = False
     _is_expert_parallel = True
 
-    def __init__(self, experts: nn.Module, gate_up: torch.Tensor, down: torch.Tensor):
-        self.gate_up_proj = gate_up
-        self.down_proj = down
-        self.num_experts = gate_up.shape[0]
+    def __init__(self, experts: nn.Module, stacks: tuple, biases: tuple):
+        self.gate_up_proj, self.down_proj = stacks
+        self.gate_up_proj_bias, self.down_proj_bias = biases
+        self.has_bias = experts.has_bias
+        self.num_experts = self.gate_up_proj.shape[0]
         self.act_fn = experts.act_fn
         self.config = experts.config
         self.training = experts.training

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backbones_mohge import feed_forwards
 from .configuration_mohge import MoHGEConfig
 from .modeling_mohge import MoHGEForCausalLM
 
@@ -26,16 +27,34 @@ class ParameterCounts(NamedTuple):
     """The feed-forward part of `activated`: routed and shared experts and dense layers."""
 
 
+def model_without_memory(config: MoHGEConfig) -> MoHGEForCausalLM:
+    """
+    The model of this config on the meta device, where tensors have a shape and no content.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    try:
+        with torch.device("meta"):
+            return MoHGEForCausalLM(config)
+    except (ArithmeticError, AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"`backbone_config`: transformers cannot build this {config.backbone_config.model_type} "
+            f"({type(error).__name__}: {error}): mend that field"
+        ) from error
+
+
 def parameter_counts(config: MoHGEConfig) -> ParameterCounts:
     """Count the parameters of a [`MoHGEForCausalLM`] with this config."""
-    with torch.device("meta"):
-        model = MoHGEForCausalLM(config)
+    model = model_without_memory(config)
     total = model.num_parameters()
     embeddings = {
         id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())
     }
-    feed_forward = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
-    routers = sum(p.numel() for router in model.model.routers for p in router.parameters())
+    layers = feed_forwards(model)
+    feed_forward = sum(p.numel() for found in layers for p in found.module.parameters())
+    routers = [found.router for found in layers if found.experts is not None and found.router is not None]
+    routing = sum(p.numel() for router in routers for p in router.parameters())
     routed = config.routed_parameters
     average = smallest = largest = 0
     for layer in config.sparse_layers:
@@ -57,7 +76,7 @@ def parameter_counts(config: MoHGEConfig) -> ParameterCounts:
         activated=dense + average,
         activated_min=dense + smallest,
         activated_max=dense + largest,
-        activated_ffn=feed_forward - routers - routed + average,
+        activated_ffn=feed_forward - routing - routed + average,
     )
 
 
@@ -98,7 +117,7 @@ def _rule(layer: MoHGEConfig) -> str:
         return (
             f"from {layer.num_groups_per_tok} of {layer.num_groups} groups (two_level, {layer.group_score_function})"
         )
-    return layer.router_type
+    return "by the backbone's router" if layer.keeps_router else layer.router_type
 
 
 def _short(count: int) -> str:
@@ -108,4 +127,4 @@ def _short(count: int) -> str:
     return str(count)
 
 
-__all__ = ["ParameterCounts", "describe", "parameter_counts"]
+__all__ = ["ParameterCounts", "describe", "model_without_memory", "parameter_counts"]

@@ -1,47 +1,47 @@
-"""PyTorch MoHGE model: a decoder with mixtures of SwiGLU experts of different width."""
+"""PyTorch MoHGE model: a decoder of transformers whose feed-forward layers are mixtures of experts of different width.
+
+`MoHGEForCausalLM(config)` makes a subclass of the backbone's own class (`LlamaForCausalLM`, say), in which the
+feed-forward of each layer, or only its experts, has been replaced. All else, names included, is the backbone's.
+
+Shapes: B sequences of S tokens, T = B S tokens in all, H hidden size, E experts in id order, G groups, K experts per
+token, J groups kept per token.
+"""
 
 # First: it says in one line what the imports below cannot, where transformers is too old for them.
 from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.integrations import use_experts_implementation
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
 )
-from transformers.processing_utils import Unpack
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.deprecation import deprecate_kwarg
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import CompileableContextVar
 
+from .backbones_mohge import activation, gate_function, is_silu, replaceable
 from .configuration_mohge import MoHGEConfig
 from .experts_mohge import HeterogeneousExpertsInterface
 from .losses_mohge import has_router_losses, router_losses
-from .routing_mohge import MoHGERouter, RouterOutput
+from .routing_mohge import ExpertTables, MoHGERouter, RouterOutput
 
 
 if is_torch_distributed_available():
@@ -51,35 +51,10 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class MoHGEModelOutputWithPast(MoeModelOutputWithPast):
-    r"""
-    Output of [`MoHGEModel`]. Each router field is a tuple with one tensor for each layer that has experts; T counts
-    all tokens of the batch, padding included.
-
-    Args:
-        router_logits (`tuple(torch.FloatTensor)`, each `[T, E]`, *optional*):
-            Expert logits in id order, with `output_router_logits=True`.
-        group_logits (`tuple(torch.FloatTensor)`, each `[T, G]`, *optional*):
-            Group logits, with `output_router_logits=True`; where the router has none, the logsumexp of the logits of
-            each group's experts.
-        router_weights (`tuple(torch.FloatTensor)`, each `[T, K]`, *optional*):
-            Combine weights before `routed_scaling_factor`, with `output_router_weights=True`.
-        router_index (`tuple(torch.LongTensor)`, each `[T, K]`, *optional*):
-            Ids of the chosen experts, E in a slot left empty, with `output_router_index=True`.
-        group_index (`tuple(torch.LongTensor)`, each `[T, J]`, *optional*):
-            Groups kept by the two-level router, with `output_group_index=True`.
-    """
-
-    group_logits: tuple[torch.FloatTensor, ...] | None = None
-    router_weights: tuple[torch.FloatTensor, ...] | None = None
-    router_index: tuple[torch.LongTensor, ...] | None = None
-    group_index: tuple[torch.LongTensor, ...] | None = None
-
-
-@dataclass
 class MoHGECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
-    Output of [`MoHGEForCausalLM`].
+    Output of [`MoHGEForCausalLM`]. Each router field is a tuple with one tensor for each layer that has experts; T
+    counts all tokens of the batch, padding included.
 
     Args:
         loss (`torch.FloatTensor`, *optional*):
@@ -106,102 +81,61 @@ class MoHGECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     tokens_per_expert: tuple[torch.FloatTensor, ...] | None = None
 
 
-class MoHGERMSNorm(LlamaRMSNorm):
-    pass
+_OUTPUT_FIELDS = frozenset(field.name for field in fields(MoHGECausalLMOutputWithPast))
+
+_recording = CompileableContextVar("routing")
+"""Where the layers of a forward under way put what was decided: [`ExpertTables`], [`RouterOutput`] and, of a
+backbone's own router, the id here of each of its experts. None where nobody asked for it."""
 
 
-class MoHGERotaryEmbedding(LlamaRotaryEmbedding):
-    pass
+class _Outputs(list):
+    """Keeps the output of what a layer puts in. Layers do so themselves where a part of a model is run."""
+
+    def append(self, entry):
+        super().append(_by_our_ids(*entry[1:]) if isinstance(entry, tuple) else entry)
+
+
+def _by_our_ids(output: RouterOutput, expert_ids: torch.Tensor | None) -> RouterOutput:
+    """The output with logits in the order of our ids. Not in the layer itself: one that is checkpointed runs a second
+    time, unrecorded, and must do the same then."""
+    if expert_ids is None or output.logits is None:
+        return output
+    logits = output.logits.reshape(-1, output.logits.shape[-1]).float()
+    return output._replace(logits=logits[:, expert_ids.argsort()])
+
+
+@contextmanager
+def record_routing() -> Iterator[list[RouterOutput]]:
+    """
+    Collect what the routers decide in the forwards inside the block: one [`RouterOutput`] for each layer that has
+    experts, in order, one forward after the other.
+
+    ```python
+    >>> with record_routing() as routing:
+    ...     model(input_ids)
+    >>> routing[0].index.shape  # tokens, experts per token
+    ```
+    """
+    recorded = _Outputs()
+    token = _recording.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _recording.reset(token)
 
 
 class MoHGEMLP(nn.Module):
-    """Dense SwiGLU feed-forward: a dense layer, or the shared expert."""
+    """Dense gated feed-forward: the shared expert."""
 
-    def __init__(self, config: MoHGEConfig, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, act_fn: nn.Module):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.act_fn = act_fn
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-class MoHGEAttention(nn.Module):
-    """Grouped-query attention with the options of Llama, Qwen and OLMoE: biases, norms of queries and keys, clipping,
-    a sliding window."""
-
-    def __init__(self, config: MoHGEConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-
-        query_size = config.num_attention_heads * self.head_dim
-        key_value_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_out_bias)
-        if config.qk_norm is not None:
-            per_head = config.qk_norm == "head"
-            self.q_norm = MoHGERMSNorm(self.head_dim if per_head else query_size, eps=config.rms_norm_eps)
-            self.k_norm = MoHGERMSNorm(self.head_dim if per_head else key_value_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        qk_norm, clip = self.config.qk_norm, self.config.clip_qkv
-
-        query_states, key_states, value_states = (
-            projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if qk_norm == "hidden":
-            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        if clip is not None:
-            query_states, key_states, value_states = (
-                states.clamp(min=-clip, max=clip) for states in (query_states, key_states, value_states)
-            )
-        query_states, key_states, value_states = (
-            states.view(hidden_shape) for states in (query_states, key_states, value_states)
-        )
-        if qk_norm == "head":
-            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        query_states, key_states, value_states = (
-            states.transpose(1, 2) for states in (query_states, key_states, value_states)
-        )
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
-        if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
 @use_experts_implementation(experts_interface=HeterogeneousExpertsInterface())
@@ -213,9 +147,13 @@ class MoHGEExperts(nn.Module):
     Args:
         config ([`MoHGEConfig`]): Config of the model, which names the experts implementation.
         layer_config ([`MoHGEConfig`]): Config of the layer, which has its widths.
+        act_fn (`nn.Module`): Activation of the gate projection.
     """
 
-    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig):
+    gate_function = None
+    """What stands in for `act_fn(gate) * up`, a plain function of this module and of gate and up in one."""
+
+    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig, act_fn: nn.Module):
         super().__init__()
         self.num_experts = layer_config.num_experts
         self.num_groups = layer_config.num_groups
@@ -227,8 +165,8 @@ class MoHGEExperts(nn.Module):
             down = nn.Parameter(torch.empty(count, config.hidden_size, width))
             self.register_parameter(f"gate_up_proj_{group}", gate_up)
             self.register_parameter(f"down_proj_{group}", down)
-        self.hidden_act = config.hidden_act
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = act_fn
+        self.act_is_silu = is_silu(act_fn)
         self.keys_per_group = max(layer_config.expert_counts)
         self.key_of_expert: torch.Tensor
         self.register_buffer("key_of_expert", self._key_table(), persistent=False)
@@ -239,18 +177,27 @@ class MoHGEExperts(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, std: float):
-        """Draw the weights from a normal distribution and fill the table."""
+        """Draw the weights from a normal distribution."""
         for parameter in self.parameters():
             init.normal_(parameter, mean=0.0, std=std)
-        self.fill_table()
 
-    def fill_table(self):
+    def fill_tables(self):
         """Fill the table of sort keys, which no checkpoint holds."""
         init.copy_(self.key_of_expert, self._key_table())
 
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`gate_up_proj` and `down_proj` of each group."""
         return [(getattr(self, f"gate_up_proj_{g}"), getattr(self, f"down_proj_{g}")) for g in range(self.num_groups)]
+
+    def biases(self) -> list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:
+        """Biases of each group in the order of `groups`, or None."""
+        return [(None, None)] * self.num_groups
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self.gate_function is not None:
+            return self.gate_function(self, gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def sort_keys(self, top_k_index: torch.Tensor) -> torch.Tensor:
         """`group * keys_per_group + slot` of each id; `num_groups * keys_per_group` for slots to skip."""
@@ -263,36 +210,39 @@ class MoHGEExperts(nn.Module):
     ) -> torch.Tensor:
         """[T, H] -> [T, H]: the weighted sum of the outputs of the experts `top_k_index` [T, K]."""
         final_hidden_states = torch.zeros_like(hidden_states)
-        groups = self.groups()
+        groups, biases = self.groups(), self.biases()
         # Experts without tokens run on zero rows: data parallelism waits for the gradient of every weight.
         for expert in range(self.num_experts):
-            gate_up_proj, down_proj = groups[self.expert_groups[expert]]
-            slot = self.expert_slots[expert]
+            group, slot = self.expert_groups[expert], self.expert_slots[expert]
+            gate_up_proj, down_proj = (stack[slot] for stack in groups[group])
+            gate_up_bias, down_bias = (stack if stack is None else stack[slot] for stack in biases[group])
             token_idx, top_k_pos = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token_idx], gate_up_proj[slot]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, down_proj[slot])
+            gated = self._apply_gate(F.linear(hidden_states[token_idx], gate_up_proj, gate_up_bias))
+            expert_output = F.linear(gated, down_proj, down_bias)
             expert_output = expert_output * top_k_weights[token_idx, top_k_pos, None]
             final_hidden_states.index_add_(0, token_idx, expert_output.to(final_hidden_states.dtype))
         return final_hidden_states
 
 
 class MoHGESparseMoeBlock(nn.Module):
-    """Router, routed experts and, where configured, the shared expert."""
+    """Router, routed experts and, where configured, the shared expert, in place of a layer's feed-forward."""
 
-    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig):
+    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig, act_fn: nn.Module):
         super().__init__()
         self.gate = MoHGERouter(layer_config)
-        self.experts = MoHGEExperts(config, layer_config)
+        self.experts = MoHGEExperts(config, layer_config, act_fn)
         self.routed_scaling_factor = config.routed_scaling_factor
         self.shared_expert = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size:
-            self.shared_expert = MoHGEMLP(config, config.shared_expert_intermediate_size)
+            self.shared_expert = MoHGEMLP(config.hidden_size, config.shared_expert_intermediate_size, act_fn)
         if config.shared_expert_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing: RouterOutput = self.gate(flat_hidden_states)
+        if (recorded := _recording.get()) is not None:
+            recorded.append((_unwrap(self.gate), routing, None))
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
         if self.shared_expert is None:
             return self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
@@ -316,68 +266,228 @@ class MoHGESparseMoeBlock(nn.Module):
         return shared
 
 
+def _child(module: nn.Module | None, name: str) -> nn.Module | None:
+    return getattr(module, name, None)
+
+
 def _unwrap(module: nn.Module) -> nn.Module:
     """The module inside the adapter that PEFT may have put around it."""
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
-class MoHGEDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: MoHGEConfig, layer_idx: int):
-        super().__init__()
-        attention_class = MoHGEAttention if config.kv_lora_rank is None else DeepseekV2Attention
-        self.self_attn = attention_class(config, layer_idx)
-        if layer_idx in config.mlp_only_layers:
-            self.mlp = MoHGEMLP(config, config.intermediate_size)
-        else:
-            self.mlp = MoHGESparseMoeBlock(config, config.per_layer_config[layer_idx])
-        self.input_layernorm = MoHGERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = MoHGERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+class MoHGEMixtureExperts(MoHGEExperts):
+    """
+    The experts in a mixture that keeps its own router and shared experts.
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
-        residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            cache=cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        hidden_states = residual + hidden_states
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    `expert_ids` `[E]`, saved with the weights, is the id here of each expert of the router: experts are numbered set
+    by set here, and in any order there. Where the mixture's experts have biases, these have `gate_up_bias_{g}`
+    `[N_g, 2 W_g]` and `down_bias_{g}` `[N_g, H]`.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the model.
+        layer_config ([`MoHGEConfig`]): Config of the layer.
+        source (`nn.Module`): The experts whose place these take.
+    """
+
+    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig, source: nn.Module):
+        super().__init__(config, layer_config, activation(source, config.backbone_config))
+        self.has_bias = source.has_bias
+        if self.has_bias:
+            for group, (gate_up, down) in enumerate(self.groups()):
+                self.register_parameter(f"gate_up_bias_{group}", nn.Parameter(torch.empty(gate_up.shape[:2])))
+                self.register_parameter(f"down_bias_{group}", nn.Parameter(torch.empty(down.shape[:2])))
+        function = gate_function(source)
+        if function is not None:
+            self.gate_function, self.act_is_silu = function, False
+            self.interleaves = not source.is_concatenated
+            for name, value in vars(source).items():  # what the function may read, such as the limit of a clamp
+                if isinstance(value, int | float) and not hasattr(self, name):
+                    setattr(self, name, value)
+        self.tables = ExpertTables(layer_config)
+        self.expert_ids: torch.Tensor
+        self.register_buffer("expert_ids", torch.arange(self.num_experts))
+        # Before the hook of expert parallelism, which knows only our ids.
+        self.register_forward_pre_hook(_translate_and_record)
+
+    def biases(self) -> list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:
+        if not self.has_bias:
+            return super().biases()
+        return [(getattr(self, f"gate_up_bias_{g}"), getattr(self, f"down_bias_{g}")) for g in range(self.num_groups)]
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        if self.gate_function is not None and self.interleaves:
+            gate_up = gate_up.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+        return super()._apply_gate(gate_up)
+
+    def init_weights(self, std: float):
+        super().init_weights(std)
+        init.copy_(self.expert_ids, torch.arange(self.num_experts))
+
+    def fill_tables(self):
+        super().fill_tables()
+        self.tables.fill_tables()
+
+
+def _translate_and_record(experts: MoHGEMixtureExperts, arguments: tuple) -> tuple:
+    hidden_states, top_k_index, top_k_weights = arguments
+    # A router may say that a slot has no expert, by an id that no expert has.
+    empty = top_k_index >= len(experts.expert_ids)
+    top_k_index = experts.expert_ids[top_k_index.masked_fill(empty, 0)].masked_fill(empty, len(experts.expert_ids))
+    if (recorded := _recording.get()) is not None:
+        tensors = recorded.pop() if recorded and isinstance(recorded[-1], list) else []
+        # Some routers have a last entry for "no expert".
+        number = len(experts.expert_ids)
+        logits = next((tensor for tensor in tensors if tensor.shape[-1] in (number, number + 1)), None)
+        output = RouterOutput(logits, top_k_weights, top_k_index, None, None)
+        recorded.append((experts.tables, output, experts.expert_ids))
+    return hidden_states, top_k_index, top_k_weights
+
+
+def _record_logits(router: nn.Module, arguments: tuple, output):
+    """Keep what the backbone's router returns until its experts are called."""
+    if (recorded := _recording.get()) is not None:
+        output = output if isinstance(output, tuple) else (output,)
+        recorded.append([x for x in output if isinstance(x, torch.Tensor) and x.is_floating_point()])
 
 
 class MoHGEPreTrainedModel(PreTrainedModel):
-    config: MoHGEConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["MoHGEDecoderLayer"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "router_logits": OutputRecorder(MoHGERouter, index=0),
-        "router_weights": OutputRecorder(MoHGERouter, index=1),
-        "router_index": OutputRecorder(MoHGERouter, index=2),
-        "group_logits": OutputRecorder(MoHGERouter, index=3),
-        "group_index": OutputRecorder(MoHGERouter, index=4),
-        "hidden_states": MoHGEDecoderLayer,
-        "attentions": [MoHGEAttention, DeepseekV2Attention],
-    }
+    """Base of the model classes: makes the subclass of the backbone's class, and replaces its feed-forward."""
 
-    def __init__(self, config: MoHGEConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    config_class = MoHGEConfig
+    _backbone_classes = None
+    """Mapping from the class of a backbone's config to its model class."""
+    _generic: type | None = None
+    _source: type | None = None
+    """The class here and the backbone's class that this class is made of; None for the classes here themselves."""
+    _sparse_paths: tuple[str, ...] = ()
+    """Names of the feed-forwards that have our experts; none yet while the backbone's own `__init__` runs."""
+
+    def __new__(cls, config: MoHGEConfig | None = None, *args, **kwargs):
+        # By its type's name: code that travels with a checkpoint may be there twice, once for the config.
+        if cls._source is None and getattr(config, "model_type", None) == MoHGEConfig.model_type:
+            cls = _class_with_backbone(cls, cls._backbone_classes[type(config.backbone_config)])
+        return super().__new__(cls)
+
+    def __reduce_ex__(self, protocol: int):
+        # The class of this object is made at run time, and cannot be found by its name.
+        return _blank, (self._generic, self._source), self.__dict__
+
+    def __init__(self, config: MoHGEConfig):
+        backbone_config = config.backbone_config
+        super().__init__(backbone_config)
+        self.config, self.name_or_path = config, config.name_or_path
+        config._attn_implementation_internal = backbone_config._attn_implementation_internal
+        config._experts_implementation_internal = self._check_and_adjust_experts_implementation(
+            config._experts_implementation
+        )
+        self._sparse_paths = self._replace_feed_forwards()
         if config.router_logit_ema_strength:
             self._keep_in_fp32_modules_strict = {"logit_ema_E", "logit_pending"}
+        self._known_arguments = self._names_taken()
+        self.post_init()
+
+    def _replace_feed_forwards(self) -> tuple[str, ...]:
+        """Put our blocks, or our experts, in the layers that are to have them. Returns where they are."""
+        config = self.config
+        replaced = replaceable(self, config.keeps_router, config.mlp_only_layers)
+        for found in replaced:
+            layer_config = config.per_layer_config[found.layer_idx]
+            if config.keeps_router:
+                found.module.experts = MoHGEMixtureExperts(config, layer_config, found.experts)
+                if found.router is not None:
+                    found.router.register_forward_hook(_record_logits)
+            else:
+                act_fn = activation(found.module, config.backbone_config)
+                setattr(found.layer, found.name, MoHGESparseMoeBlock(config, layer_config, act_fn))
+        return tuple(found.path for found in replaced)
+
+    @property
+    def sparse_feed_forwards(self) -> list[nn.Module]:
+        """The feed-forward of each layer that has our experts, in order: its `experts` are ours."""
+        # By name: replicas of data parallelism are shallow copies, in which only the submodules are exchanged, and a
+        # stage of a pipeline has only some of the layers.
+        found = (functools.reduce(_child, path.split("."), self) for path in self._sparse_paths)
+        return [module for module in found if module is not None]
+
+    def _names_taken(self) -> frozenset[str]:
+        """Names of the keyword arguments that some part of the model, or of transformers around it, takes."""
+        functions = {type(module).forward for module in self.modules()} | {ForCausalLMLoss}
+        names = {name for function in functions for name in inspect.signature(function).parameters}
+        outputs = {f"output_{name}" for name in self.base_model._can_record_outputs or ()}
+        passed = TransformersKwargs.__annotations__.keys() | PagedAttentionArgs.__annotations__.keys()
+        # transformers' models take the cache by its old name until 5.40, outside of their signatures.
+        return frozenset(names | outputs | passed | {"past_key_values"}) - {"self", "args", "kwargs"}
+
+    def refuse_unknown(self, arguments: dict):
+        """
+        Check that some part of the model, or of transformers around it, takes each of these keyword arguments.
+
+        Every forward of transformers hands on what it does not know. A name that changed would be lost without a word.
+
+        Raises:
+            TypeError: naming the arguments that nothing takes.
+        """
+        unknown = arguments.keys() - self._known_arguments
+        if unknown:
+            unknown -= _names_taken_by(self.config._attn_implementation)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}.forward() got {', '.join(f'`{name}`' for name in sorted(unknown))}, which no "
+                "part of the model takes: remove it, or mend its name"
+            )
+
+    @property
+    def routers(self) -> list[ExpertTables]:
+        """The router of each layer that has experts, in order; of the backbone's own, the tables of its experts."""
+        if self.config.keeps_router:
+            return [_unwrap(module.experts).tables for module in self.sparse_feed_forwards]
+        return [_unwrap(module.gate) for module in self.sparse_feed_forwards]
+
+    def _forward_backbone(self, arguments: dict, record: bool) -> tuple:
+        """The output of the backbone's own forward and, if that is to be recorded, what the routers decided: a pair of
+        a router and its output for each time that a layer ran."""
+        self.refuse_unknown(arguments)
+        corrected = []
+        if self.training and torch.is_grad_enabled():
+            corrected = [router for router in self.routers if router.corrects_logits]
+        for router in corrected:
+            router.fold_logit_mean()
+        others = None if is_torchdynamo_compiling() else _recording.get()
+        recorded = [] if record or others is not None else None
+        token = _recording.set(recorded)
+        try:
+            outputs = super().forward(**arguments)
+        finally:
+            _recording.reset(token)
+        if recorded is not None:
+            recorded = [(router, _by_our_ids(output, ids)) for router, output, ids in recorded]
+        if others is not None:
+            others.extend(output for _, output in recorded)
+        for router in corrected:
+            router.gather_logit_mean(_token_mask(arguments))
+        return outputs, recorded
+
+    def init_parallel_plans(self):
+        """See `DistributedMixin.init_parallel_plans`. The backbone's plans, with the experts' own in them."""
+        super().init_parallel_plans()
+        present = {_pattern(name) for named in (self.named_modules(), self.named_parameters()) for name, _ in named}
+        for block in {_pattern(path) for path in self._sparse_paths}:
+            for plan in (self._tp_plan, self._ep_plan):
+                for name in [name for name in plan if name.startswith(f"{block}.") and name not in present]:
+                    del plan[name]
+            experts = {name for name in present if name.startswith(f"{block}.experts.")}
+            for name in experts:
+                if ".gate_up_proj_" in name:
+                    self._tp_plan[name], self._ep_plan[name] = "packed_colwise", "heterogeneous_experts"
+                elif "_bias_" in name:
+                    self._ep_plan[name] = "heterogeneous_experts"
+                elif ".down_proj_" in name:
+                    self._tp_plan[name], self._ep_plan[name] = "rowwise", "heterogeneous_experts"
+            self._tp_plan[f"{block}.experts"] = "moe_tp_experts"
+            self._ep_plan[f"{block}.experts"] = "ep_dispatch_experts"
+            if f"{block}.shared_expert" in present and not self.config.keeps_router:
+                for name, style in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise")):
+                    self._tp_plan[f"{block}.shared_expert.{name}"] = style
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
@@ -386,6 +496,13 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         if mesh_manager is not None:
             check_ranks_agree(model.config)
             check_layout(model.config, distributed_config)
+            if distributed_config.tp_size > 1 == distributed_config.ep_size and any(
+                _unwrap(module.experts).has_bias for module in model.sparse_feed_forwards
+            ):
+                raise ValueError(
+                    f"`tp_size` {distributed_config.tp_size} cannot cut experts that have biases, as those of this "
+                    "model: set `ep_size` to it"
+                )
             if distributed_config.ep_implementation == "auto":
                 distributed_config = replace(distributed_config, ep_implementation="mohge")
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
@@ -404,44 +521,47 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
         return super().get_correct_experts_implementation(requested_experts or "mohge")
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True if cls._source is None else cls._source._can_set_attn_implementation()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # transformers goes by the name of the class.
+        return cls._source._supports_default_dynamic_cache()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # What says yes is taken to ignore that a weight was loaded, and modules without weights are passed over, which
+        # leaves tables of some backbones empty.
+        return False
+
     def initialize_weights(self):
-        """See `PreTrainedModel.initialize_weights`, which passes over modules whose weights are quantised already."""
+        """See `PreTrainedModel.initialize_weights`. Our modules come first: they may lie in a part of the backbone
+        that is a model itself and would initialise them as its own."""
+        for feed_forward in self.sparse_feed_forwards:
+            for module in feed_forward.modules():
+                if isinstance(module, MoHGERouter | MoHGEExperts):
+                    self._initialize_weights(module)
+                    module.fill_tables()  # also where quantised weights are passed over
         super().initialize_weights()
-        for module in self.modules():
-            if isinstance(module, MoHGEExperts):
-                module.fill_table()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
         if isinstance(module, MoHGERouter | MoHGEExperts):
-            module.init_weights(self.config.initializer_range)
-        elif isinstance(module, MoHGEForCausalLM):
+            module.init_weights(getattr(self.config, "initializer_range", 0.02))
+            return
+        super()._init_weights(module)
+        if "training_progress" in module._buffers:
             init.constant_(module.training_progress, -1.0)
-
-    def refuse_unknown(self, arguments: dict):
-        """
-        Check that some part of the model, or of transformers around it, takes each of these keyword arguments.
-
-        Every forward here hands on what it does not know, as transformers' models do. A name that changed inside
-        transformers would otherwise be lost without a word, and with it the cache, say.
-
-        Raises:
-            TypeError: naming the arguments that nothing takes.
-        """
-        unknown = arguments.keys() - _KNOWN_ARGUMENTS
-        if unknown:
-            unknown -= _names_taken_by(self.config._attn_implementation)
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__}.forward() got {', '.join(f'`{name}`' for name in sorted(unknown))}, which no "
-                "part of the model takes: remove it, or mend its name"
-            )
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """See `PreTrainedModel.save_pretrained`. The checkpoint carries this code and loads as `AutoModel` and as
         `AutoModelForCausalLM`, whichever of the two was saved."""
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.backbone_config.dtype = self.dtype  # a model that was loaded has it
+        # Names on disk are those of the model, not of the backbone's first release: its rules know no experts of ours.
+        kwargs.setdefault("save_original_format", False)
         # Left alone, transformers copies the module of the object's class, which for a sharded model is torch's.
         cls, auto_class = type(self), vars(type(self)).get("_auto_class")
         cls._auto_class = None
@@ -454,6 +574,47 @@ class MoHGEPreTrainedModel(PreTrainedModel):
                 cls._auto_class = auto_class
         if is_main_process:
             save_code(save_directory)
+
+
+@functools.cache
+def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTrainedModel]) -> type:
+    """The class of models of our class `generic` with the backbone's class `source`."""
+
+    def forward(self, *args, **kwargs):
+        return generic.forward(self, **dict(zip(positional, args, strict=False)), **kwargs)
+
+    # transformers goes by the signature: which arguments `generate` may pass, which columns Trainer keeps.
+    signature = inspect.signature(source.forward)
+    own = [p for p in inspect.signature(generic.forward).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    theirs = [p for p in signature.parameters.values() if p.name not in {p.name for p in own}]
+    positional = [p.name for p in theirs[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    parameters = [p for p in theirs if p.kind is not p.VAR_KEYWORD]
+    parameters += own + [p for p in theirs if p.kind is p.VAR_KEYWORD]
+    forward.__signature__ = signature.replace(
+        parameters=parameters, return_annotation=inspect.signature(generic.forward).return_annotation
+    )
+    return type(generic)(
+        generic.__name__,
+        (generic, source),
+        {
+            "__module__": generic.__module__,
+            # transformers keeps what it knows about a class by this name
+            "__qualname__": f"{generic.__name__}[{source.__name__}]",
+            "__doc__": generic.__doc__,
+            "forward": forward,
+            "_generic": generic,
+            "_source": source,
+        },
+    )
+
+
+def _blank(generic: type[MoHGEPreTrainedModel], source: type[PreTrainedModel]) -> MoHGEPreTrainedModel:
+    cls = _class_with_backbone(generic, source)
+    return cls.__new__(cls)
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 @torch.compiler.assume_constant_result
@@ -471,21 +632,14 @@ def save_code(save_directory):
     custom_object_save(object.__new__(MoHGEForCausalLM), save_directory)
 
 
-def _add_group_logits(forward: Callable) -> Callable:
-    """Let `output_router_logits` bring the group logits too, for every router."""
-
-    @functools.wraps(forward)
-    def wrapper(self, *args, **kwargs):
-        wanted = kwargs.get("output_router_logits")
-        if not (self.config.output_router_logits if wanted is None else wanted):
-            return forward(self, *args, **kwargs)
-        outputs = forward(self, *args, **{**kwargs, "output_group_logits": True})
-        if isinstance(outputs, MoHGEModelOutputWithPast) and not outputs.group_logits:
-            pairs = zip(self.routers, outputs.router_logits, strict=True)
-            outputs.group_logits = tuple(router.group_logits(logits) for router, logits in pairs)
-        return outputs
-
-    return wrapper
+def _token_mask(arguments: dict) -> torch.Tensor:
+    """[B, S]: 0 where a token is padding. Only a mask by token says so; without one, every token counts."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments["inputs_embeds"][..., 0] if tokens is None else tokens
+    attention_mask = arguments.get("attention_mask")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -tokens.shape[1] :].to(tokens.device)
+    return torch.ones(tokens.shape, device=tokens.device)
 
 
 class MoHGEModel(MoHGEPreTrainedModel):
@@ -496,104 +650,11 @@ class MoHGEModel(MoHGEPreTrainedModel):
         config ([`MoHGEConfig`]): Config of the model.
     """
 
-    def __init__(self, config: MoHGEConfig):
-        super().__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([MoHGEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = MoHGERMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        rotary_class = MoHGERotaryEmbedding if config.kv_lora_rank is None else DeepseekV2RotaryEmbedding
-        self.rotary_emb = rotary_class(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
+    _backbone_classes = MODEL_MAPPING
 
-    @property
-    def routers(self) -> list[MoHGERouter]:
-        """The router of each layer that has experts, in order."""
-        blocks = (getattr(layer, "mlp", None) for layer in self.layers)  # pipeline stages hold some layers only
-        return [_unwrap(block.gate) for block in blocks if isinstance(block, MoHGESparseMoeBlock)]
-
-    @_add_group_logits
-    @merge_with_config_defaults
-    @capture_outputs
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MoHGEModelOutputWithPast:
-        r"""
-        Run the decoder on `input_ids` `[B, S]` or `inputs_embeds` `[B, S, H]`; the other arguments are those of every
-        transformers decoder. Each `output_*` argument named in [`MoHGEModelOutputWithPast`] fills its field.
-
-        Raises:
-            TypeError: if an argument is one that no part of the model takes.
-            ValueError: unless exactly one of `input_ids` and `inputs_embeds` is given.
-        """
-        self.refuse_unknown(kwargs)
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
-
-        causal_masks = attention_mask
-        if not isinstance(causal_masks, dict):  # a compiled generation loop prepares its masks itself
-            mask_arguments = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "cache": cache,
-                "position_ids": position_ids,
-            }
-            mask_functions = {
-                "full_attention": create_causal_mask,
-                "sliding_attention": create_sliding_window_causal_mask,
-            }
-            causal_masks = {kind: mask_functions[kind](**mask_arguments) for kind in set(self.config.layer_types)}
-
-        corrected_routers = [router for router in self.routers if router.corrects_logits]
-        if not (self.training and torch.is_grad_enabled()):
-            corrected_routers = []
-        for router in corrected_routers:
-            router.fold_logit_mean()
-
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=causal_masks[kind],
-                position_ids=position_ids,
-                cache=cache,
-                position_embeddings=position_embeddings,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        hidden_states = self.norm(hidden_states)
-
-        for router in corrected_routers:
-            router.gather_logit_mean(_token_mask(attention_mask, hidden_states))
-        return MoHGEModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
-
-
-def _token_mask(attention_mask: torch.Tensor | dict | None, hidden_states: torch.Tensor) -> torch.Tensor:
-    """[B, S]: 0 where a token is padding. Only a mask by token says so; without one, every token counts."""
-    batch_size, sequence_length = hidden_states.shape[:2]
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -sequence_length:].to(hidden_states.device)
-    return torch.ones(batch_size, sequence_length, device=hidden_states.device)
+    def forward(self, **kwargs):
+        """Run the decoder. Arguments and output are those of the backbone's own model."""
+        return self._forward_backbone(kwargs, record=False)[0]
 
 
 class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
@@ -605,27 +666,20 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
         config ([`MoHGEConfig`]): Config of the model.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _backbone_classes = MODEL_FOR_CAUSAL_LM_MAPPING
 
     def __init__(self, config: MoHGEConfig):
         super().__init__(config)
-        self.model = MoHGEModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.training_progress: torch.Tensor
         self.register_buffer("training_progress", torch.tensor(-1.0), persistent=False)
         self._progress_is_known = False
-        self.post_init()
 
     def set_training_progress(self, fraction: float):
         """Say that an optimizer step begins, and which fraction of training is done, 0 to 1. Without it, schedules of
         router losses stand at their end values. `RouterScheduleCallback` calls this at each step."""
         self.training_progress.fill_(fraction)
         self._progress_is_known = True
-        for router in self.model.routers:
+        for router in self.routers:
             router.step_begins = True
 
     def push_to_hub(self, repo_id: str, **kwargs):
@@ -637,42 +691,26 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             return super().push_to_hub(repo_id, **kwargs)
         return push_model(self, repo_id, **kwargs)
 
-    def generate_batch(self, *args, **kwargs):
-        """See `ContinuousMixin.generate_batch`."""
-        if self.config.kv_lora_rank is not None:
-            raise ValueError(
-                "generate_batch does not work with `kv_lora_rank`: transformers' paged cache cannot hold the latents "
-                "of multi-head latent attention. Use generate."
-            )
-        return super().generate_batch(*args, **kwargs)
-
     @can_return_tuple
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
+        *,
         output_router_logits: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         sequence_weights: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> MoHGECausalLMOutputWithPast:
         r"""
+        Run the backbone's own forward, whose arguments it takes, and add the router losses to its loss.
+
         Args:
-            labels (`torch.LongTensor` of shape `[B, S]`, *optional*):
-                Targets, shifted inside; -100 is ignored.
             output_router_logits (`bool`, *optional*):
                 Whether to return router and group logits, router losses and counts; by default as in the config.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits for the last `logits_to_keep` positions (0 for all), or at these positions.
             sequence_weights (`torch.Tensor` of shape `[B]`, *optional*):
                 Share of each sequence in the whole batch, for router losses without `labels`. With `labels` and
                 `num_items_in_batch`, which `Trainer` passes, it is each sequence's share of the targets.
+
+        Raises:
+            TypeError: if an argument is one that no part of the model takes.
 
         Example:
 
@@ -686,62 +724,48 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
         >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
         ```
         """
+        labels = kwargs.get("labels")
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         trained = self.training and (labels is not None or sequence_weights is not None)
         collect = output_router_logits or (trained and has_router_losses(self.config))
-        captured = {f"output_{name}": collect for name in _ROUTER_OUTPUTS}
+        if "output_router_logits" in inspect.signature(self._source.forward).parameters:
+            kwargs["output_router_logits"] = False  # with which a mixture adds a router loss of its own
 
-        outputs: MoHGEModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **captured,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        result = MoHGECausalLMOutputWithPast(
-            loss=loss,
-            lm_loss=None if loss is None else loss.detach().clone(),  # Trainer scales `loss` in place
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        if collect and outputs.router_logits:
+        outputs, routing = self._forward_backbone(kwargs, record=collect)
+        taken = {name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS}
+        result = MoHGECausalLMOutputWithPast(**taken)
+        if result.loss is not None:
+            result.lm_loss = result.loss.detach().clone()  # Trainer scales `loss` in place
+        if collect and routing:
+            routers, decisions = map(list, zip(*routing, strict=True))
+            if any(decision.logits is None for decision in decisions):
+                raise ValueError(
+                    f"the router of {self._source.__name__} returns no logits, which router losses and "
+                    "`output_router_logits` need: set the coefficients of the losses to 0"
+                )
             if sequence_weights is None and labels is not None:
-                sequence_weights = _share_of_targets(labels, **kwargs)
-            routing = _router_outputs(outputs)
-            self._warn_of_idle_losses(routing)
-            losses = router_losses(
-                self.model.routers,
-                routing,
-                _token_mask(attention_mask, hidden_states),
-                sequence_weights,
-                self.training_progress,
-            )
+                sequence_weights = _share_of_targets(**kwargs)
+            self._warn_of_idle_losses(routers[0], decisions[0])
+            losses = router_losses(routers, decisions, _token_mask(kwargs), sequence_weights, self.training_progress)
             result.tokens_per_expert = losses.tokens_per_expert
             if has_router_losses(self.config):
                 result.aux_loss, result.router_losses = losses.aux_loss, losses.values
-                if self.training and loss is not None:
-                    result.loss = loss + losses.aux_loss.to(loss.device)
-        if output_router_logits:
-            result.router_logits = outputs.router_logits
-            result.group_logits = outputs.group_logits
+                if self.training and result.loss is not None:
+                    result.loss = result.loss + losses.aux_loss.to(result.loss.device)
+            if output_router_logits:
+                result.router_logits = tuple(decision.logits for decision in decisions)
+                result.group_logits = tuple(
+                    router.group_logits(decision.logits) if decision.group_logits is None else decision.group_logits
+                    for router, decision in routing
+                )
         return result
 
-    def _warn_of_idle_losses(self, routing: list[RouterOutput]):
+    def _warn_of_idle_losses(self, router: ExpertTables, decision: RouterOutput):
         if not self.training or is_torchdynamo_compiling() or not torch.is_grad_enabled():
             return
-        if self.model.routers[0].weight.requires_grad and not routing[0].logits.requires_grad:
+        weight = getattr(router, "weight", None)
+        if weight is not None and weight.requires_grad and not decision.logits.requires_grad:
             logger.warning_once(
                 "The router losses get no gradient under reentrant checkpointing: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}.'
@@ -751,14 +775,6 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
                 "`group_aux_loss_start` needs to know how far training is: pass RouterScheduleCallback() to Trainer, "
                 "or use MoHGETrainer. Until then the group-wise loss is active from the first step."
             )
-
-
-_ROUTER_OUTPUTS = ("router_logits", "router_weights", "router_index", "group_logits", "group_index")
-
-
-def _router_outputs(outputs: MoHGEModelOutputWithPast) -> list[RouterOutput]:
-    per_layer = [outputs[name] or [None] * len(outputs.router_logits) for name in _ROUTER_OUTPUTS]
-    return [RouterOutput(*fields) for fields in zip(*per_layer, strict=True)]
 
 
 def _share_of_targets(
@@ -774,19 +790,6 @@ def _share_of_targets(
     return targets.ne(-100).sum(-1) / num_items_in_batch
 
 
-# What may be in the keyword arguments that forward functions hand on: what they name themselves, outputs to collect,
-# and what transformers' loss, attention and continuous batching read.
-_KNOWN_ARGUMENTS = frozenset(
-    {f"output_{name}" for name in MoHGEPreTrainedModel._can_record_outputs}
-    | TransformersKwargs.__annotations__.keys()
-    | PagedAttentionArgs.__annotations__.keys()
-    | {
-        name
-        for function in (MoHGEForCausalLM.forward, MoHGEModel.forward, MoHGEAttention.forward, ForCausalLMLoss)
-        for name in inspect.signature(function).parameters
-    }
-) - {"labels", "kwargs"}
-
 # Trainer shifts labels under label smoothing only for class names in this table, which `register` does not fill.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mohge", MoHGEForCausalLM.__name__)
 
@@ -794,6 +797,6 @@ __all__ = [
     "MoHGECausalLMOutputWithPast",
     "MoHGEForCausalLM",
     "MoHGEModel",
-    "MoHGEModelOutputWithPast",
     "MoHGEPreTrainedModel",
+    "record_routing",
 ]

@@ -233,8 +233,10 @@ def check_ranks_agree(config: MoHGEConfig):
     """
     mine = {"torch": torch.__version__, "transformers": transformers_version, "mohge": _own_version()}
     fields = json.loads(config.to_json_string(use_diff=False))
-    del fields["_name_or_path"]  # each node may have its own copy
-    mine |= {f"config.{name}": json.dumps(value) for name, value in fields.items()}
+    fields |= {f"backbone_config.{name}": value for name, value in fields.pop("backbone_config").items()}
+    for name, value in fields.items():
+        if not name.endswith("_name_or_path"):  # each node may have its own copy
+            mine[f"config.{name}"] = json.dumps(value)
     every: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     for rank, theirs in enumerate(every):

@@ -37,7 +37,76 @@ class RouterOutput(NamedTuple):
     """[T, J] groups kept, or None for routers that keep all."""
 
 
-class MoHGERouter(nn.Module):
+class ExpertTables(nn.Module):
+    """
+    How the experts of a layer are numbered and grouped, as tensors.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the layer.
+    """
+
+    corrects_logits = False
+
+    def __init__(self, config: MoHGEConfig):
+        super().__init__()
+        self.config = config
+        self.equal_groups = min(config.expert_counts) == max(config.expert_counts)
+        self.expert_ids_NG: torch.Tensor
+        self.position_E: torch.Tensor
+        self.group_of_E: torch.Tensor
+        self.membership_GE: torch.Tensor
+        self.widths_G: torch.Tensor
+        for name, table in self._tables().items():
+            self.register_buffer(name, table, persistent=False)
+        self.step_begins: bool | None = None  # see `MoHGEForCausalLM.set_training_progress`
+
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """Expert ids [N, G], E where a group is shorter; position of each id in it; group of each id; membership
+        [G, E] as 0 and 1; widths [G]."""
+        groups, slots = torch.tensor(self.config.expert_groups), torch.tensor(self.config.expert_slots)
+        return {
+            "expert_ids_NG": torch.tensor(self.config.expert_id_table).T.contiguous(),
+            "position_E": slots * self.config.num_groups + groups,
+            "group_of_E": groups,
+            "membership_GE": (groups == torch.arange(self.config.num_groups)[:, None]).float(),
+            "widths_G": torch.tensor(self.config.moe_intermediate_sizes),
+        }
+
+    @torch.no_grad()
+    def fill_tables(self):
+        """Fill the tables, which no checkpoint holds."""
+        for name, table in self._tables().items():
+            init.copy_(getattr(self, name), table)
+
+    def log_probabilities(self, logits_TE: torch.Tensor, group_logits_TG: torch.Tensor | None) -> torch.Tensor:
+        """
+        [T, E] log-probability of each expert before any choice: `log p(g) + log p(e | g)` for the two-level router,
+        with `p(g)` the softmax of the group logits; the flat log-softmax for the others.
+        """
+        if self.config.router_type != "two_level":
+            return logits_TE.log_softmax(-1)
+        inside_TNG = self._by_group(logits_TE).log_softmax(1)
+        return self._by_expert(inside_TNG + group_logits_TG.log_softmax(-1).unsqueeze(1))
+
+    def group_logits(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """[T, G] logsumexp of the expert logits of each group: their softmax is the groups' share of the flat one."""
+        return self._by_group(logits_TE).logsumexp(1)
+
+    def _by_group(self, values_TE: torch.Tensor) -> torch.Tensor:
+        """[T, E] -> [T, N, G], short groups filled up with -inf."""
+        if self.equal_groups:  # ids run over the groups first: a view
+            return values_TE.unflatten(1, self.expert_ids_NG.shape)
+        padding_NG = self.expert_ids_NG == self.config.num_experts
+        ids = self.expert_ids_NG.masked_fill(padding_NG, 0).flatten()
+        return values_TE.index_select(1, ids).unflatten(1, padding_NG.shape).masked_fill(padding_NG, float("-inf"))
+
+    def _by_expert(self, values_TNG: torch.Tensor) -> torch.Tensor:
+        """[T, N, G] -> [T, E], the inverse of `_by_group`."""
+        values = values_TNG.flatten(1)
+        return values if self.equal_groups else values.index_select(1, self.position_E)
+
+
+class MoHGERouter(ExpertTables):
     """
     Chooses `num_experts_per_tok` experts for each token, by one of four rules (`config.router_type`).
 
@@ -53,22 +122,11 @@ class MoHGERouter(nn.Module):
     """
 
     def __init__(self, config: MoHGEConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         if config.router_type == "two_level" and config.group_score_function != "expert_logsumexp":
             self.group_weight = nn.Parameter(torch.empty(config.num_groups, config.hidden_size))
-        self._route = getattr(self, f"_route_{config.router_type}")
-
-        self.equal_groups = min(config.expert_counts) == max(config.expert_counts)
-        self.expert_ids_NG: torch.Tensor
-        self.position_E: torch.Tensor
-        self.group_of_E: torch.Tensor
-        self.membership_GE: torch.Tensor
-        self.widths_G: torch.Tensor
-        for name, table in self._tables().items():
-            self.register_buffer(name, table, persistent=False)
         self.corrects_logits = config.router_logit_ema_strength > 0
         if self.corrects_logits:
             self.logit_ema_E: torch.Tensor
@@ -78,19 +136,6 @@ class MoHGERouter(nn.Module):
             self.register_buffer("logit_pending", torch.zeros(config.num_experts + 1))
             self.last_logits_TE: torch.Tensor | None = None
             self.last_version = -1
-        self.step_begins: bool | None = None  # see `MoHGEForCausalLM.set_training_progress`
-
-    def _tables(self) -> dict[str, torch.Tensor]:
-        """Expert ids [N, G], E where a group is shorter; position of each id in it; group of each id; membership
-        [G, E] as 0 and 1; widths [G]."""
-        groups, slots = torch.tensor(self.config.expert_groups), torch.tensor(self.config.expert_slots)
-        return {
-            "expert_ids_NG": torch.tensor(self.config.expert_id_table).T.contiguous(),
-            "position_E": slots * self.config.num_groups + groups,
-            "group_of_E": groups,
-            "membership_GE": (groups == torch.arange(self.config.num_groups)[:, None]).float(),
-            "widths_G": torch.tensor(self.config.moe_intermediate_sizes),
-        }
 
     def _apply(self, fn, recurse=True):
         """Moves the module, but never to half precision what adds up over many tokens."""
@@ -104,39 +149,24 @@ class MoHGERouter(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, std: float):
-        """Draw the weights from a normal distribution and fill the buffers."""
+        """Draw the weights from a normal distribution and clear the running mean."""
         init.normal_(self.weight, mean=0.0, std=std)
         if hasattr(self, "group_weight"):
             init.normal_(self.group_weight, mean=0.0, std=std)
-        for name, table in self._tables().items():
-            init.copy_(getattr(self, name), table)
         if self.corrects_logits:
             init.zeros_(self.logit_ema_E)
             init.zeros_(self.logit_pending)
 
     def forward(self, hidden_states: torch.Tensor) -> RouterOutput:
         """Route `hidden_states` [T, H]."""
+        route = getattr(self, f"_route_{self.config.router_type}")
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         hidden_states = hidden_states.to(dtype)
         with maybe_autocast(hidden_states.device.type, enabled=False):
             logits_TE = F.linear(hidden_states, self.weight.to(dtype))
-            group_index_TJ, group_logits_TG, log_scores_TK, index_TK = self._route(hidden_states, logits_TE)
+            group_index_TJ, group_logits_TG, log_scores_TK, index_TK = route(hidden_states, logits_TE)
             weights_TK = self._normalise(log_scores_TK, index_TK)
         return RouterOutput(logits_TE, weights_TK, index_TK, group_logits_TG, group_index_TJ)
-
-    def log_probabilities(self, logits_TE: torch.Tensor, group_logits_TG: torch.Tensor | None) -> torch.Tensor:
-        """
-        [T, E] log-probability of each expert before any choice: `log p(g) + log p(e | g)` for the two-level router,
-        with `p(g)` the softmax of the group logits; the flat log-softmax for the others.
-        """
-        if self.config.router_type != "two_level":
-            return logits_TE.log_softmax(-1)
-        inside_TNG = self._by_group(logits_TE).log_softmax(1)
-        return self._by_expert(inside_TNG + group_logits_TG.log_softmax(-1).unsqueeze(1))
-
-    def group_logits(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """[T, G] logsumexp of the expert logits of each group: their softmax is the groups' share of the flat one."""
-        return self._by_group(logits_TE).logsumexp(1)
 
     # The rules, in logarithms so that nothing underflows: each returns the groups kept, the group logits (both None
     # where there is no group router), the log-scores of the chosen experts and their ids.
@@ -205,19 +235,6 @@ class MoHGERouter(nn.Module):
             case _:
                 return log_scores_TK.exp()
 
-    def _by_group(self, values_TE: torch.Tensor) -> torch.Tensor:
-        """[T, E] -> [T, N, G], short groups filled up with -inf."""
-        if self.equal_groups:  # ids run over the groups first: a view
-            return values_TE.unflatten(1, self.expert_ids_NG.shape)
-        padding_NG = self.expert_ids_NG == self.config.num_experts
-        ids = self.expert_ids_NG.masked_fill(padding_NG, 0).flatten()
-        return values_TE.index_select(1, ids).unflatten(1, padding_NG.shape).masked_fill(padding_NG, float("-inf"))
-
-    def _by_expert(self, values_TNG: torch.Tensor) -> torch.Tensor:
-        """[T, N, G] -> [T, E], the inverse of `_by_group`."""
-        values = values_TNG.flatten(1)
-        return values if self.equal_groups else values.index_select(1, self.position_E)
-
     # Running mean of the logits. It may change only between optimizer steps, and outside the layers: a layer that is
     # checkpointed runs twice, and must see the same mean both times.
 
@@ -251,4 +268,4 @@ class MoHGERouter(nn.Module):
             self.last_version = self.weight._version
 
 
-__all__ = ["MoHGERouter", "RouterOutput"]
+__all__ = ["ExpertTables", "MoHGERouter", "RouterOutput"]

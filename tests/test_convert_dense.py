@@ -283,7 +283,7 @@ def test_split_partitions_the_neurons(name, tmp_path):
         assert all(torch.isfinite(down).all() and (down != 0).any(0).all() for _, _, down in experts)
         assert weights[f"model.layers.{layer}.mlp.gate.weight"].norm(dim=-1).min() > 0
     report = read_report(out)
-    routers = sum(p.numel() for router in model.model.routers for p in router.parameters())
+    routers = sum(p.numel() for router in model.routers for p in router.parameters())
     biases = sum(w.numel() for n, w in weights.items() if n.endswith("bias") and n not in before)
     counts = report["parameters"]
     assert counts["after"]["total"] - routers - biases == counts["before"]["total"]

@@ -180,8 +180,9 @@ OPTIONS = {
     "seed": [*REGROUP, "--seed", "4611686018427387904"],
     "device": [*REGROUP, "--device", "meta"],
     "calibration_tokens": [*REGROUP, "--calibration-tokens", "64"],
-    "top_k": [*TRIM, "--top-k", "9"],
-    "top_groups": [*TRIM, "--top-groups", "4"],
+    "top_k": [*TRIM, "--router", "two_level", "--top-k", "9"],
+    "top_groups": [*TRIM, "--router", "two_level", "--top-groups", "4"],
+    "router": [*TRIM, "--router", "top_p"],
     "widths": ["--mode", "trim", "--widths", "28,12,20"],
 }
 
@@ -275,7 +276,7 @@ def test_text_is_read_in_pieces_and_only_as_far_as_needed(tmp_path, monkeypatch)
 
 def test_recipe_beside_the_weights_has_every_choice(tmp_path):
     source = make_source("olmoe", tmp_path / "source")
-    arguments = [source, tmp_path / "out", "--mode", "trim", "--widths", "12,20,28"]
+    arguments = [source, tmp_path / "out", "--mode", "trim", "--widths", "12,20,28", "--router", "two_level"]
     assert convert(*arguments, *calibration(tmp_path / "ids.jsonl")) == 0
     recipe = yaml.safe_load((tmp_path / "out" / "conversion_recipe.yaml").read_text())
     assert recipe["experts_per_group"] == [2, 2, 2]
@@ -283,6 +284,16 @@ def test_recipe_beside_the_weights_has_every_choice(tmp_path):
     assert recipe["top_groups"] == 3
     assert recipe["calibration_column"] == "text"
     assert recipe["seed"] == 0
+
+
+def test_router_of_the_source_is_written_out_and_decides_how_many_experts(tmp_path, capsys):
+    source = make_source("olmoe", tmp_path / "source")
+    arguments = [source, tmp_path / "out", *TRIM, *calibration(tmp_path / "ids.jsonl")]
+    assert "`top_k` is the source's own" in assert_refused([*arguments, "--top-k", "3"], tmp_path, capsys)
+    assert convert(*arguments) == 0
+    recipe = yaml.safe_load((tmp_path / "out" / "conversion_recipe.yaml").read_text())
+    assert (recipe["router"], recipe["top_k"]) == ("source", 2)
+    assert "top_groups" not in recipe
 
 
 def test_width_of_all_experts_follows_from_the_groups():

@@ -114,16 +114,15 @@ def _biases(source):
         (_config(intermediate_size=40), r"shape|intermediate_size|\[44, 32\]"),
         (_config(num_hidden_layers=3), r"model\.layers\.2|num_hidden_layers"),
         (_config(model_type="gpt2"), "gpt2"),
-        (_config(model_type="olmo2"), "olmo2"),
+        (_config(model_type="olmo2"), r"model\.layers\.0\.input_layernorm"),
         (_config(model_type=None), "model_type"),
-        (_config(hidden_act="gelu"), "gelu"),
         (_config(quantization_config={"quant_method": "fp8"}), "quanti"),
-        (_biases, "mlp_bias"),
+        (_biases, "biases"),
     ],
     ids=[
         *("truncated shard", "truncated header", "empty shard", "missing shard", "missing tensor", "no weights"),
         *("no config", "broken config", "broken index", "other width", "missing layer", "unknown architecture"),
-        *("post-norm", "no model type", "other activation", "quantised", "biases in the feed-forward"),
+        *("another architecture", "no model type", "quantised", "biases in the feed-forward"),
     ],
 )
 def test_bad_source(damage, message, sources, tmp_path, capsys):

@@ -36,30 +36,32 @@ from mohge import MoHGEForCausalLM
 from mohge.info import parameter_counts
 
 
-GROUPS = {  # equal and unequal groups; with 1,2,3 the ids run through one group after another
-    "olmoe": "1,2,3",
-    "olmoe_normalised_tied_biased": "2",
-    "olmoe_longrope": "3",
-    "mixtral": "2,4",
-    "mixtral_sliding_window": "6",
-    "qwen2_moe": "3",
-    "qwen2_moe_mixed_windows_unbiased": "1,2,3",
-    "qwen3_moe": "2",
-    "qwen3_moe_sparse_step": "1",
+REGROUPED = {  # equal and unequal groups; with 1,2,3 the ids run through one group after another
+    "olmoe": ("1,2,3", "two_level"),
+    "olmoe_normalised_tied_biased": ("2", "two_level"),
+    "olmoe_longrope": ("3", "source"),
+    "mixtral": ("2,4", "source"),
+    "mixtral_sliding_window": ("6", "two_level"),
+    "qwen2_moe": ("3", "two_level"),
+    "qwen2_moe_mixed_windows_unbiased": ("1,2,3", "source"),
+    "qwen3_moe": ("2", "source"),
+    "qwen3_moe_sparse_step": ("1", "two_level"),
 }
+"""Source -> experts in each group, router."""
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
 def regrouped(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source, out = make_source(request.param, folder / "source"), folder / "out"
-    assert convert(source, out, "--mode", "regroup", "--experts-per-group", GROUPS[request.param]) == 0
-    return SimpleNamespace(name=request.param, source=source, out=out, folder=folder)
+    groups, router = REGROUPED[request.param]
+    assert convert(source, out, "--mode", "regroup", "--experts-per-group", groups, "--router", router) == 0
+    return SimpleNamespace(name=request.param, source=source, out=out, folder=folder, groups=groups, router=router)
 
 
 def test_regrouped_model_is_the_source(regrouped):
     source, model = load(regrouped.source), load(regrouped.out)
-    assert type(model) is MoHGEForCausalLM
+    assert isinstance(model, MoHGEForCausalLM)
     assert_close(logits(model), logits(source))
     generated = [
         m.generate(IDS[:, :7], max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True)
@@ -73,12 +75,14 @@ def test_regrouped_model_is_the_source(regrouped):
 
 def test_regroup_moves_weights_unchanged(regrouped):
     config = AutoConfig.from_pretrained(regrouped.out)
-    counts = [int(count) for count in GROUPS[regrouped.name].split(",")]
+    counts = [int(count) for count in regrouped.groups.split(",")]
     if len(counts) == 1:
         counts *= EXPERTS // counts[0]
     assert config.expert_counts == counts
     assert config.moe_intermediate_sizes == [EXPERT_WIDTH] * len(counts)
-    assert config.group_score_function == "expert_logsumexp"
+    assert config.router_type == regrouped.router
+    if regrouped.router == "two_level":
+        assert config.group_score_function == "expert_logsumexp"
     assert config.num_groups_per_tok == len(counts)
     source, weights = tensors(regrouped.source), tensors(regrouped.out)
     layers = sparse_layers(config)
@@ -192,13 +196,13 @@ def test_bfloat16_stays_bit_identical(name, change, tmp_path):
     assert_same_tensors(tensors(tmp_path / "back"), expected)
 
 
-PADDED = [*ROUTERS, "wider_second_layer", "gated_shared_expert", "dense_first_layer", "latent_with_query_rank", "tied"]
+PADDED = [*ROUTERS, "wider_second_layer", "gated_shared_expert", "dense_first_layer", "latent", "tied"]
 
 
 @pytest.mark.parametrize("name", PADDED)
 def test_padded_export_has_one_width(name, tmp_path):
     model = make_model(**VARIANTS[name])
-    for router in model.model.routers:
+    for router in model.routers:
         if router.corrects_logits:
             router.logit_ema_E.normal_()
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
@@ -226,10 +230,23 @@ def test_padded_export_has_one_width(name, tmp_path):
     assert report["parameters"]["before"]["total"] == source.num_parameters()
 
 
-@pytest.mark.parametrize("name", ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe_sparse_step"])
-def test_trim(name, tmp_path):
+def origins(weights, before, layer):
+    """Which of the source's experts each expert is."""
+    ids = weights.get(f"model.layers.{layer}.mlp.experts.expert_ids")
+    router, source_rows = weights[f"model.layers.{layer}.mlp.gate.weight"], source_router(before, layer)
+    if ids is None:
+        return positions(router, source_rows)
+    assert torch.equal(router, source_rows)
+    return ids.argsort()
+
+
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [("olmoe", "source"), ("mixtral", "two_level"), ("qwen2_moe", "source"), ("qwen3_moe_sparse_step", "two_level")],
+)
+def test_trim(name, router, tmp_path):
     source, out = make_source(name, tmp_path / "source"), tmp_path / "out"
-    assert convert(source, out, *TRIM, *calibration(tmp_path / "rows.jsonl")) == 0
+    assert convert(source, out, *TRIM, "--router", router, *calibration(tmp_path / "rows.jsonl")) == 0
     model, before, weights = load(out), tensors(source), tensors(out)
     config = model.config
     assert config.moe_intermediate_sizes == [12, 20, 28]
@@ -238,7 +255,7 @@ def test_trim(name, tmp_path):
     report = read_report(out)
     layers = {entry["layer"]: entry for entry in report["layers"]}
     for layer in sparse_layers(config):
-        rows = positions(weights[f"model.layers.{layer}.mlp.gate.weight"], source_router(before, layer))
+        rows = origins(weights, before, layer)
         assert_all_neurons(rows, EXPERTS)  # each source expert once
         widths = config.per_layer_config[layer].expert_widths
         for expert, row in enumerate(rows.tolist()):
@@ -259,7 +276,8 @@ def test_trim(name, tmp_path):
     assert report["parameters"]["after"]["total"] == model.num_parameters()
 
 
-def test_trim_gives_the_large_widths_to_salient_experts(tmp_path):
+@pytest.mark.parametrize("router", ["source", "two_level"])
+def test_trim_gives_the_large_widths_to_salient_experts(router, tmp_path):
     """Every row of the calibration set is the same, so that any part of it has the same saliencies."""
     scale = 8.0 ** torch.tensor([0, -3, 2, -2, 1, -1])
 
@@ -274,7 +292,7 @@ def test_trim_gives_the_large_widths_to_salient_experts(tmp_path):
         layer.mlp.gate.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], *output[1:])))
     logits(model, row)
     options = calibration(tmp_path / "rows.jsonl", row.repeat(64, 1))
-    assert convert(source, tmp_path / "out", *TRIM, *options) == 0
+    assert convert(source, tmp_path / "out", *TRIM, "--router", router, *options) == 0
     weights, config = tensors(tmp_path / "out"), AutoConfig.from_pretrained(tmp_path / "out")
     for layer, (x, combine, index) in enumerate(seen):
         x = x.reshape(-1, x.shape[-1])
@@ -288,6 +306,6 @@ def test_trim_gives_the_large_widths_to_salient_experts(tmp_path):
         order = sums.argsort().tolist()
         # The mean over all tokens and the mean over an expert's own tokens agree on who is salient.
         assert order == (sums / counts).argsort().tolist()
-        rows = positions(weights[f"model.layers.{layer}.mlp.gate.weight"], source_router(before, layer)).tolist()
+        rows = origins(weights, before, layer).tolist()
         for expert, width in enumerate(config.expert_widths):
             assert width == [12, 20, 28][order.index(rows[expert]) // 2]

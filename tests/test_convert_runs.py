@@ -49,6 +49,7 @@ def test_recipe_and_command_line(tmp_path):
         "widths": [8, 20, 28],
         "experts_per_group": 2,
         "top_k": 3,
+        "router": "two_level",
         "seed": 4,
         "calibration": str(rows[1]),
         "calibration_tokens": rows[3],

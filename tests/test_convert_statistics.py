@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mohge.conversion.architectures import Expert
+from mohge.conversion.decoders import Expert
 from mohge.conversion.modes.base import slice_neurons, widen
 from mohge.conversion.statistics import (
     DenseStatistics,

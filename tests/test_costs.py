@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from model_cases import LATENT_ATTENTION, make_config
+from model_cases import ATTENTIONS, LATENT_ATTENTION, make_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
@@ -52,7 +52,7 @@ def test_fsdp_gives_the_last_devices_the_shorter_chunks():
         if ".experts." not in name:
             for device, chunk in enumerate(parameter.chunk(6)):
                 expected[device] += chunk.numel()
-    assert dense_parameters(config, 6) == expected
+    assert dense_parameters(model, 6) == expected
     assert expected[0] > expected[-1]
 
 
@@ -166,12 +166,12 @@ def test_operations_are_those_that_pytorch_counts(overrides):
 
 def test_a_window_shortens_the_context():
     config = make_config(num_hidden_layers=1)
-    windowed = make_config(num_hidden_layers=1, sliding_window=4)
+    windowed = make_config(num_hidden_layers=1, **ATTENTIONS["sliding_window"])
     seen, seen_in_window = sum(range(1, 11)), sum(min(t, 4) for t in range(1, 11))
     scores, fewer = (dense_flops(c, 10)["attention_scores"] for c in (config, windowed))
     assert scores == pytest.approx(2 * 2 * 32 * seen / 10)
-    assert fewer == pytest.approx(2 * 2 * 32 * seen_in_window / 10)
-    assert dense_flops(windowed, 3)["attention_scores"] == dense_flops(config, 3)["attention_scores"]
+    assert fewer == pytest.approx(2 * 2 * 4 * 16 * seen_in_window / 10)  # its heads are twice as wide
+    assert dense_flops(windowed, 3)["attention_scores"] == 2 * dense_flops(config, 3)["attention_scores"]
 
 
 # What a forward pass keeps, against what autograd saves.
@@ -197,8 +197,26 @@ LARGER = {
 KEPT = {
     "no shared expert": SMALL,
     "shared expert, grouped queries": LARGER,
-    "gated, normed and clipped": {**LARGER, "shared_expert_gate": True, "qk_norm": "hidden", "clip_qkv": 1.0},
-    "norm per head, top_k": {**SMALL, "qk_norm": "head", "router_type": "top_k"},
+    "gated, normed and clipped": {
+        **LARGER,
+        "shared_expert_gate": True,
+        "backbone_config": {"model_type": "olmoe", "clip_qkv": 1.0, "pad_token_id": None, "eos_token_id": None},
+        "router_type": "two_level",
+    },
+    "its own router": {
+        **{name: SMALL[name] for name in SMALL if name != "num_experts_per_tok"},
+        "backbone_config": {"model_type": "olmoe", "num_experts": 12, "pad_token_id": None, "eos_token_id": None},
+    },
+    "norm per head, top_k": {
+        **SMALL,
+        "backbone_config": {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 16},
+        "router_type": "top_k",
+    },
+    "latent attention": {  # as wide in its values, without which no kernel on CPU spares the scores
+        **SMALL,
+        **LATENT_ATTENTION,
+        "backbone_config": {**LATENT_ATTENTION["backbone_config"], "v_head_dim": 16},
+    },
     "a dense layer": {**LARGER, "mlp_only_layers": [0], "intermediate_size": 256},
 }
 
@@ -248,7 +266,8 @@ def estimated(config: MoHGEConfig, traffic: RouterTraffic, devices: int = 1, **k
 def test_activations_are_what_autograd_keeps(overrides):
     model, ids = build(overrides)
     kept, traffic = kept_by_autograd(model, ids)
-    assert estimated(model.config, traffic) == pytest.approx(kept, rel=0.04)
+    # Where queries and keys are made in parts (latent attention), CPU copies the heads once more.
+    assert estimated(model.config, traffic) == pytest.approx(kept, rel=0.05)
 
 
 def test_gradient_checkpointing_keeps_the_inputs_of_the_layers_and_computes_one_again():

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from model_cases import LATENT_ATTENTION, VOCABULARY, assert_close, make_model
+from model_cases import ATTENTIONS, VOCABULARY, assert_close, make_model
 from pretrain_runs import documents, make_tokenizer, write_jsonl
 from tokenizers.processors import TemplateProcessing
 
@@ -213,8 +213,8 @@ def test_stream_does_not_hold_much_of_a_long_text(tmp_path, monkeypatch):
 
 MODELS = {
     "plain": {},
-    "latent": LATENT_ATTENTION,
-    "sliding window": {"sliding_window": 4},
+    "latent": ATTENTIONS["latent"],
+    "sliding window": ATTENTIONS["sliding_window"],
     "grouped_top_k": {"router_type": "grouped_top_k", "router_logit_ema_strength": 0.5},
 }
 PARTS = [[5, 11, 7], [1, 1, 14, 6, 1], [23]]

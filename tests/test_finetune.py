@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from finetune_cases import arguments, finetune, log, make_workplace, messages, questions, write_rows
+from model_cases import MIXTURE
 from parallel_training_runs import Ranks
 from peft import PeftModel
 from pretrain_runs import signal_in
@@ -21,6 +22,11 @@ from mohge.training.merge import MergeCheck
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("mixture"), **MIXTURE)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +64,9 @@ def test_all_weights_are_trained_on_text_and_the_run_can_be_loaded(place):
     AutoTokenizer.from_pretrained(place / "full")
 
 
-def test_adapters_are_trained_alone_and_merged(place, capsys, recwarn):
+@pytest.mark.parametrize("kind", ["place", "mixture"])
+def test_adapters_are_trained_alone_and_merged(kind, request, capsys, recwarn):
+    place = request.getfixturevalue(kind)
     assert finetune(place, "lora", lora_rank=4, merge=place / "merged") == 0
     assert not [warning for warning in recwarn if "is_gradient_checkpointing" in str(warning.message)]
     assert "written" in capsys.readouterr().out
@@ -68,7 +76,7 @@ def test_adapters_are_trained_alone_and_merged(place, capsys, recwarn):
     wanted = logits(PeftModel.from_pretrained(base, place / "lora"))
     assert (wanted - before).norm() > 0.05 * before.norm()
     merged = AutoModelForCausalLM.from_pretrained(place / "merged")
-    assert type(merged) is MoHGEForCausalLM
+    assert isinstance(merged, MoHGEForCausalLM)
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
     files = {file.name for file in (place / "merged").iterdir()}
     assert {"recipe.yaml", "trainer_state.json", "traffic.json", "tokenizer.json"} <= files

@@ -53,12 +53,12 @@ def forward_backward(model, batch):
 
 
 def ema(model):
-    return torch.stack([router.logit_ema_E for router in model.model.routers]).detach().clone()
+    return torch.stack([router.logit_ema_E for router in model.routers]).detach().clone()
 
 
 def set_ema(model, values):
     with torch.no_grad():
-        for router, value in zip(model.model.routers, values, strict=True):
+        for router, value in zip(model.routers, values, strict=True):
             router.logit_ema_E.copy_(value)
     return model
 
@@ -91,7 +91,7 @@ def test_starts_at_zero_and_moves_at_the_next_step():
     model.zero_grad(set_to_none=True)
     forward_backward(model, batch)
     assert_ema(model, DECAY * expected + (1 - DECAY) * mean_logits((second, later)))
-    assert not any(router.logit_ema_E.requires_grad for router in model.model.routers)
+    assert not any(router.logit_ema_E.requires_grad for router in model.routers)
 
 
 def test_new_weights_begin_a_step_where_gradients_are_zeroed_instead_of_cleared():
@@ -190,7 +190,7 @@ def test_mean_is_float32_in_a_bfloat16_model(tmp_path):
     ids = torch.randint(0, 32, (7, 43))
     output = model(ids, output_router_logits=True)
     model(ids[:1, :3])  # takes the step before into the mean
-    for router, logits in zip(model.model.routers, output.router_logits, strict=True):
+    for router, logits in zip(model.routers, output.router_logits, strict=True):
         expected = 0.1 * logits.mean(0).detach()
         assert router.logit_ema_E.dtype == torch.float32
         assert (router.logit_ema_E - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -199,9 +199,9 @@ def test_mean_is_float32_in_a_bfloat16_model(tmp_path):
 def test_mean_stays_float32_when_a_model_changes_dtype():
     model = make_model(router_logit_ema_decay=0.9).float().train()
     model(torch.randint(0, 32, (7, 43)))
-    before = [router.logit_pending.clone() for router in model.model.routers]
+    before = [router.logit_pending.clone() for router in model.routers]
     model.to(torch.bfloat16)
-    for router, pending in zip(model.model.routers, before, strict=True):
+    for router, pending in zip(model.routers, before, strict=True):
         assert router.weight.dtype == torch.bfloat16
         torch.testing.assert_close(router.logit_pending, pending, rtol=0, atol=0)
         assert pending[-1] == 301

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_cases import LATENT_ATTENTION, make_config, make_ids, make_model
+from model_cases import LATENT_ATTENTION, MIXTURE, make_config, make_ids, make_model
 from peft import PeftModel, get_peft_model
 
 from mohge import MoHGEConfig
@@ -19,6 +19,7 @@ CASES = {
     },
     "dense_first_layer": {"mlp_only_layers": [0]},
     "one_expert_in_a_group": {"num_experts_per_group": [1, 2, 4]},
+    "mixture": MIXTURE,
 }
 
 
@@ -94,6 +95,7 @@ def test_adapters_have_the_ranks_and_one_scale(case):
         ("attention", {}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("attention", LATENT_ATTENTION, {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}),
         ("experts", {}, {"experts"}),
+        ("all", MIXTURE, {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}),
         (
             "all",
             {"mlp_only_layers": [0], "shared_expert_gate": True},

@@ -43,12 +43,10 @@ def test_largest_tensor_of_the_losses(router, per_sequence):
     model = MoHGEForCausalLM(config)
     batch, length = 4, 64
     tokens = batch * length
-    output = model.model.routers[0](torch.randn(tokens, 8))
+    output = model.routers[0](torch.randn(tokens, 8))
     weights = torch.full((batch,), 1 / batch) if per_sequence else None
     with LargestTensor() as largest:
-        losses = router_losses(
-            model.model.routers, [output], torch.ones(batch, length), weights, model.training_progress
-        )
+        losses = router_losses(model.routers, [output], torch.ones(batch, length), weights, model.training_progress)
         losses.aux_loss.backward()
     assert len(losses.values) == sum(value > 0 for value in coefficients.values())
     assert tokens <= largest.elements <= tokens * config.num_experts

@@ -9,7 +9,7 @@ from conversion_cases import REGROUP, convert, make_source
 from huggingface_hub import ModelCard
 from model_cases import make_config, make_model
 
-from mohge import MoHGEConfig
+from mohge import MoHGEConfig, MoHGEModel
 from mohge.cli import main
 from mohge.info import parameter_counts
 from mohge.model_cards.card import MARKER, keep_card, make_card
@@ -268,7 +268,7 @@ def test_folder_that_is_no_model_is_refused(flaw, tmp_path, capsys):
         make_source("olmoe", folder)
     elif flaw != "no_folder":
         model = make_model()
-        (model.model if flaw == "base_model" else model).save_pretrained(folder, max_shard_size="100KB")
+        (MoHGEModel(model.config) if flaw == "base_model" else model).save_pretrained(folder, max_shard_size="100KB")
     if flaw == "bin":
         for file in folder.glob("*.safetensors*"):
             file.unlink()

@@ -1,5 +1,8 @@
 """The model's outputs, losses and gradients, also under checkpointing and torch.compile."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from model_cases import (
@@ -18,11 +21,14 @@ from model_cases import (
     make_padded_ids,
     train,
 )
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
+
+from mohge import MoHGEModel, record_routing
 
 
 def test_exactly_one_kind_of_input():
@@ -92,17 +98,22 @@ def test_output_router_logits_in_the_config():
         assert model(make_ids(), output_router_logits=False).router_logits is None
 
 
-def test_base_model_returns_what_the_routers_chose():
-    model = make_model().model
-    names = ("router_logits", "router_weights", "router_index", "group_logits", "group_index")
-    with torch.no_grad():
-        output = model(make_ids(), **{f"output_{name}": True for name in names})
-    for logits, weights, index, group_logits, groups in zip(*(output[name] for name in names), strict=True):
-        assert (logits.shape, group_logits.shape) == ((22, 12), (22, 3))
-        assert weights.shape == index.shape == (22, 3)
-        assert groups.shape == (22, 2)
-        assert_close(weights.sum(-1), torch.ones(22), 1e-6)
-        assert all(len(set(row)) == 3 for row in index.tolist())
+def test_recording_says_what_the_routers_chose():
+    model = make_model()
+    with torch.no_grad(), record_routing() as routing:
+        model(make_ids())
+        model.model(make_ids(1, 5))
+    assert [len(layer.index) for layer in routing] == [22, 22, 5, 5]
+    for layer in routing[:2]:
+        assert (layer.logits.shape, layer.group_logits.shape) == ((22, 12), (22, 3))
+        assert layer.weights.shape == layer.index.shape == (22, 3)
+        assert layer.group_index.shape == (22, 2)
+        assert_close(layer.weights.sum(-1), torch.ones(22), 1e-6)
+        assert all(len(set(row)) == 3 for row in layer.index.tolist())
+    with torch.no_grad(), record_routing() as after:
+        pass
+    model(make_ids())
+    assert (len(routing), after) == (4, [])
 
 
 @pytest.mark.parametrize("name", ["grouped_query", "latent"])
@@ -212,7 +223,7 @@ def assert_same_training(actual, expected, losses_error, gradients_error):
         assert_close(buffers[name], buffer, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["two_level", "grouped_top_k", "latent"])
+@pytest.mark.parametrize("name", ["two_level", "grouped_top_k", "latent", "mixture"])
 def test_gradient_checkpointing_changes_nothing(name):
     results = []
     for checkpointing in (True, False):
@@ -238,6 +249,7 @@ COMPILED = {
     "two_level": ROUTERS["two_level"],
     "top_p_with_latent_attention": ROUTERS["top_p"] | LATENT_ATTENTION,
     "grouped_top_k": ROUTERS["grouped_top_k"],
+    "mixture": VARIANTS["mixture"],
 }
 
 
@@ -258,7 +270,7 @@ def test_training_compiles_without_graph_breaks(name):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("whole", [True, False], ids=["causal_lm", "base"])
 def test_an_argument_that_nothing_takes_is_refused(whole, compiled):
-    model = make_model() if whole else make_model().model
+    model = make_model() if whole else MoHGEModel(make_config()).eval()
     forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     with pytest.raises(TypeError, match="`key_values`, `past_keys`, which no part of the model takes"):
         model(make_ids(), past_keys=None, key_values=None)
@@ -285,3 +297,43 @@ def test_the_old_name_of_the_cache_is_still_taken():
         expected = model(make_ids()).logits[:, -1]
         cache = model(make_ids()[:, :-1]).cache
         assert_close(model(make_ids()[:, -1:], past_key_values=cache).logits[:, -1], expected)
+
+
+@pytest.mark.parametrize("name", ["two_level", "mixed_windows", "mixture"])
+def test_copies_and_parts_on_the_disk_compute_the_same(name, tmp_path):
+    """The class of a model is made at run time: copies have to find it. Hooks of accelerate move layers in and out."""
+    model = make_model(**VARIANTS[name])
+    with torch.no_grad():
+        expected = model(make_ids()).logits
+        copies = {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}
+        for made in copies.values():
+            assert type(made) is type(model)
+            assert torch.equal(made(make_ids()).logits, expected)
+        copies["pickle"].routers[0].membership_GE.zero_()
+        copies["deepcopy"].sparse_feed_forwards[0].experts.down_proj_0.zero_()
+        assert torch.equal(model(make_ids()).logits, expected)
+        model.save_pretrained(tmp_path)
+        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        dispatched = AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+        )
+        assert dispatched.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
+        assert_close(dispatched(make_ids()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["post_norm", "mixture"])
+def test_adapters_of_the_backbone_fit_by_their_names(name, tmp_path):
+    """An adapter of attention that was trained on the backbone itself, before its feed-forward was replaced."""
+    model = make_model(**VARIANTS[name])
+    source = AutoModelForCausalLM.from_config(model.config.backbone_config)
+    adapted = get_peft_model(source, LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    with torch.no_grad():
+        before = model(make_ids()).logits
+        ours = PeftModel.from_pretrained(model, tmp_path)
+        loaded = {name: p for name, p in ours.named_parameters() if "lora" in name}
+        theirs = dict(adapted.named_parameters())
+        assert len(loaded) == 2 * 2 * model.config.num_hidden_layers
+        assert all(torch.equal(parameter, theirs[name]) for name, parameter in loaded.items())
+        assert (ours(make_ids()).logits - before).abs().max() > 1e-3

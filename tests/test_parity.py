@@ -1,13 +1,11 @@
-"""Models of one group are models of transformers: OLMoE, Qwen, Mixtral and DeepSeek."""
+"""Our top-k router over one group is that of OLMoE, Qwen, Mixtral and DeepSeek."""
 
 import pytest
 import torch
 from model_cases import (
-    LATENT_ATTENTION,
     VOCABULARY,
     assert_close,
     gradients,
-    make_config,
     make_ids,
     make_padded_ids,
 )
@@ -19,7 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mohge import MoHGEForCausalLM
+from mohge import MoHGEConfig, MoHGEForCausalLM
 
 
 SOURCE = {
@@ -35,53 +33,14 @@ SOURCE = {
     "pad_token_id": None,
 }
 OLMOE = {"intermediate_size": 24, "num_experts": 6}
-DEEPSEEK = {
-    **LATENT_ATTENTION,
-    "num_key_value_heads": 4,
-    "intermediate_size": 40,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 6,
-    "n_shared_experts": 2,
-    "moe_intermediate_size": 24,
-    "routed_scaling_factor": 1.7,
-    "topk_method": "greedy",
-}
-OURS_OF_DEEPSEEK = {
-    **LATENT_ATTENTION,
-    "mlp_only_layers": [0],
-    "shared_expert_intermediate_size": 48,
-    "topk_weight_normalization": "none",
-    "routed_scaling_factor": 1.7,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 0.7,
-    "mscale_all_dim": 0.9,
-}
-
 # transformers' class, fields of its config, fields of ours
 MODELS = {
-    "olmoe": (OlmoeForCausalLM, OLMOE, {"qk_norm": "hidden", "topk_weight_normalization": "none"}),
-    "olmoe_normalised_and_clipped": (
-        OlmoeForCausalLM,
-        {**OLMOE, "norm_topk_prob": True, "clip_qkv": 0.7},
-        {"qk_norm": "hidden", "clip_qkv": 0.7},
-    ),
+    "olmoe": (OlmoeForCausalLM, OLMOE, {"topk_weight_normalization": "none"}),
+    "olmoe_normalised": (OlmoeForCausalLM, {**OLMOE, "norm_topk_prob": True}, {}),
     "qwen3": (
         Qwen3MoeForCausalLM,
-        {
-            "head_dim": 16,
-            "moe_intermediate_size": 24,
-            "num_experts": 6,
-            "norm_topk_prob": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-        {"head_dim": 16, "qk_norm": "head"},
+        {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "norm_topk_prob": True},
+        {},
     ),
     "qwen2": (
         Qwen2MoeForCausalLM,
@@ -93,8 +52,6 @@ MODELS = {
             "mlp_only_layers": [1],
         },
         {
-            "attention_bias": True,
-            "attention_out_bias": False,
             "shared_expert_intermediate_size": 28,
             "shared_expert_gate": True,
             "mlp_only_layers": [1],
@@ -102,20 +59,29 @@ MODELS = {
         },
     ),
     "mixtral": (MixtralForCausalLM, {"intermediate_size": 24, "num_local_experts": 6}, {}),
-    "mixtral_sliding_window": (
-        MixtralForCausalLM,
-        {"intermediate_size": 24, "num_local_experts": 6, "sliding_window": 4},
-        {"sliding_window": 4},
-    ),
     "deepseek": (
         DeepseekV2ForCausalLM,
-        {**DEEPSEEK, "q_lora_rank": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-        OURS_OF_DEEPSEEK,
-    ),
-    "deepseek_query_rank_and_yarn": (
-        DeepseekV2ForCausalLM,
-        {**DEEPSEEK, "q_lora_rank": 20, "rope_parameters": YARN},
-        {**OURS_OF_DEEPSEEK, "q_lora_rank": 20},
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+            "intermediate_size": 40,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 6,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.7,
+            "topk_method": "greedy",
+        },
+        {
+            "mlp_only_layers": [0],
+            "shared_expert_intermediate_size": 48,
+            "topk_weight_normalization": "none",
+            "routed_scaling_factor": 1.7,
+        },
     ),
 }
 
@@ -133,13 +99,8 @@ def make_reference(model_class, **kwargs) -> torch.nn.Module:
 
 
 def convert(reference: torch.nn.Module, **kwargs) -> MoHGEForCausalLM:
-    """A model of one group with the weights of `reference`."""
-    source = reference.config
+    """The same decoder with our router, and one group of experts with the weights of `reference`."""
     fields = {
-        "num_hidden_layers": source.num_hidden_layers,
-        "num_key_value_heads": source.num_key_value_heads,
-        "rms_norm_eps": source.rms_norm_eps,
-        "rope_parameters": dict(source.rope_parameters),
         "router_type": "top_k",
         "moe_intermediate_sizes": [24],
         "num_experts_per_group": 6,
@@ -147,7 +108,7 @@ def convert(reference: torch.nn.Module, **kwargs) -> MoHGEForCausalLM:
         "shared_expert_intermediate_size": 0,
         "router_expert_aux_loss_coef": 0.0,
     }
-    model = MoHGEForCausalLM(make_config(**fields | kwargs)).eval()
+    model = MoHGEForCausalLM(MoHGEConfig(backbone_config=reference.config, **fields | kwargs)).eval()
     weights = {}
     for name, weight in reference.state_dict().items():
         for projection in ("gate_up_proj", "down_proj"):
@@ -174,7 +135,7 @@ def test_same_training_loss_and_gradients_as_olmoe():
     reference = make_reference(
         OlmoeForCausalLM, **OLMOE, num_hidden_layers=1, router_aux_loss_coef=0.5, output_router_logits=True
     ).train()
-    model = convert(reference, qk_norm="hidden", topk_weight_normalization="none", router_aux_loss_coef=0.5).train()
+    model = convert(reference, topk_weight_normalization="none", router_aux_loss_coef=0.5).train()
     ids, mask = make_padded_ids()
     labels = ids.masked_fill(mask == 0, -100)
     actual, expected = (m(ids, attention_mask=mask, labels=labels) for m in (model, reference))

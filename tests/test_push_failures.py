@@ -104,7 +104,8 @@ def stage_broken(folder, target, *arguments, **about):
     card = stage(folder, target, *arguments, **about)
     file = target / "modeling_mohge.py"
     text = file.read_text()
-    broken = text.replace("                cache=cache,", "                cache=None,")
+    labels = '        labels = kwargs.get("labels")'
+    broken = text.replace(labels, '        kwargs["cache"] = None' + chr(10) + labels)
     assert broken != text
     file.write_text(broken)
     return card

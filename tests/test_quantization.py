@@ -3,11 +3,11 @@
 import pytest
 import torch
 from finetune_cases import finetune, log, make_workplace
-from model_cases import make_config
+from model_cases import MIXTURE
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM
 
-from mohge import MoHGEForCausalLM
+from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.training.quantization import expert_quantization
 
 
@@ -19,7 +19,7 @@ KINDS = ("int8", "float8")
 def place(tmp_path_factory):
     """A model in bfloat16, trained for a moment, so that its logits mean something."""
     folder = make_workplace(tmp_path_factory.mktemp("quantization"), **SHAPE)
-    assert finetune(folder, "trained", max_steps=40) == 0
+    assert finetune(folder, "trained", max_steps=20) == 0
     model = MoHGEForCausalLM.from_pretrained(folder / "trained", dtype=torch.bfloat16)
     model.save_pretrained(folder / "trained")
     return folder
@@ -40,7 +40,7 @@ def quantized_names(model: torch.nn.Module) -> set[str]:
 
 def dequantized(model: MoHGEForCausalLM) -> MoHGEForCausalLM:
     """A plain model with the values that the quantised weights stand for."""
-    plain = MoHGEForCausalLM(make_config(**{**model.config.to_dict(), "quantization_config": None}))
+    plain = MoHGEForCausalLM(MoHGEConfig.from_dict({**model.config.to_dict(), "quantization_config": None}))
     weights = model.state_dict()
     plain.load_state_dict(
         {name: w.dequantize() if is_traceable_wrapper_subclass(w) else w for name, w in weights.items()}
@@ -93,9 +93,10 @@ def test_experts_alone_are_quantised_and_narrow_groups_are_kept(place):
             assert torch.equal(weight, original[name]), name
 
 
-def test_groups_are_chosen_by_their_width_in_each_layer(tmp_path):
+@pytest.mark.parametrize("overrides", [{}, MIXTURE], ids=["own router", "mixture"])
+def test_groups_are_chosen_by_their_width_in_each_layer(overrides, tmp_path):
     widths = {"per_layer_config": {1: {"moe_intermediate_sizes": [64, 96, 128]}}}
-    make_workplace(tmp_path, **SHAPE, **widths)
+    make_workplace(tmp_path, **SHAPE, **widths, **overrides)
     assert finetune(tmp_path, "q", data=None, quantize="int8", quantize_min_width=96) == 0
     names = quantized_names(AutoModelForCausalLM.from_pretrained(tmp_path / "q"))
     assert {name.split("layers.")[1] for name in names} == {
@@ -137,7 +138,7 @@ def test_adapters_on_attention_are_trained_beside_quantised_experts_and_merged(p
     flags = {"model": "trained", "quantize": kind, "lora_rank": 4, "lora_targets": "attention"}
     assert finetune(place, run, **flags, merge=place / f"{run}_merged", max_steps=10, dtype="float32") == 0
     losses = [entry["lm_loss"] for entry in log(place / run)]
-    assert losses[-1] < losses[0]
+    assert sum(losses[5:]) < sum(losses[:5])
     original, merged = load(place), AutoModelForCausalLM.from_pretrained(place / f"{run}_merged")
     for name, weight in merged.named_parameters():
         changed = not torch.equal(weight, dict(original.named_parameters())[name].to(weight.dtype))

@@ -27,7 +27,11 @@ DEVICES = 8  # which the recipes' comments on the batch are for
 
 
 def config_values(recipe: str, **overrides) -> dict:
-    return {**json.loads(shipped_file(recipe, "config.json").read_text()), **overrides}
+    """The recipe's config, with other fields of its own or of its backbone."""
+    values = json.loads(shipped_file(recipe, "config.json").read_text())
+    for name, value in overrides.items():
+        (values["backbone_config"] if name in values["backbone_config"] else values)[name] = value
+    return values
 
 
 def counts_of(recipe: str, **overrides):
@@ -218,18 +222,25 @@ def scaled_down(recipe: str) -> dict:
     """The config with the recipe's routing, groups, experts and losses, and small everything else."""
     values = config_values(recipe)
     largest = max(values["moe_intermediate_sizes"])
-    small = {
+    backbone = {
+        **values["backbone_config"],
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
         "vocab_size": 512,
         "hidden_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    if "head_dim" in backbone:
+        backbone["head_dim"] = 12
+    if "kv_lora_rank" in backbone:
+        backbone |= {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 12, "v_head_dim": 12}
+    return {
+        **values,
+        "backbone_config": backbone,
         "moe_intermediate_sizes": [max(4, width * 48 // largest) for width in values["moe_intermediate_sizes"]],
         "shared_expert_intermediate_size": min(48, values["shared_expert_intermediate_size"]),
     }
-    if "kv_lora_rank" in values:
-        small |= {"kv_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 12, "v_head_dim": 12}
-    return {**values, **small}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -11,6 +11,7 @@ import torch
 from report_runs import CONTEXT, EDGES, TEXT, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mohge import record_routing
 from mohge.training.report import evaluate_routing
 from mohge.training.report.drawing import group_styles
 from mohge.training.report.measure import deciles, top_tokens
@@ -49,13 +50,14 @@ def test_documents_do_not_predict_one_another(folder, tmp_path):
         torch.testing.assert_close(getattr(packed, name), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["layers of different widths", "empty slots", "one layer"])
+@pytest.mark.parametrize("name", ["layers of different widths", "empty slots", "one layer", "mixture"])
 def test_choices_are_those_of_the_routers(name, tmp_path):
     model = save_model(tmp_path, **EDGES[name])
     ids = torch.randint(model.config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
     evaluation = evaluate_routing(model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}])
-    with torch.no_grad():
-        index = model.model(ids, output_router_index=True).router_index
+    with torch.no_grad(), record_routing() as routing:
+        model(ids)
+    index = [layer.index for layer in routing]
     groups, widths = torch.zeros(40, evaluation.statistics.num_groups), torch.zeros(40, len(evaluation.widths))
     for layer, chosen in zip(model.config.sparse_layers, index, strict=True):
         for token, experts in enumerate(chosen.tolist()):

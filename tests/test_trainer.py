@@ -7,7 +7,17 @@ import torch
 from parallel_training_runs import Ranks
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from trainer_runs import collate, compare_ranks, config, every_loss, logged, logged_figures, rows, train
+from trainer_runs import (
+    MIXTURE,
+    collate,
+    compare_ranks,
+    config,
+    every_loss,
+    logged,
+    logged_figures,
+    rows,
+    train,
+)
 from transformers import Trainer, TrainerCallback
 
 from mohge import MoHGEForCausalLM
@@ -38,7 +48,7 @@ def run_of_two_ranks(tmp_path_factory):
     return target
 
 
-RUNS = [*ROUTER_COEFFICIENTS, "expert, per group", "logit correction"]
+RUNS = [*ROUTER_COEFFICIENTS, "expert, per group", "logit correction", "mixture"]
 
 
 @pytest.mark.parametrize("split", ["accumulated", "two_ranks"])
@@ -53,7 +63,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(name, split, whole_batch, 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_router_loss_is_in_the_training_loss(name, whole_batch, tmp_path):
-    overrides = {}
+    overrides = MIXTURE if name == "mixture" else {}
     if name == "logit correction":
         overrides = {"router_type": "grouped_top_k", "num_groups_per_tok": None, "router_logit_ema_strength": 0.5}
     without = logged(train(config(None, **overrides), str(tmp_path), steps=1))
@@ -111,8 +121,9 @@ def test_evaluation_loss_is_the_language_model_loss(trainer_class, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss / targets, rel=1e-5)
 
 
-def test_logged_figures(tmp_path):
-    trainer = train(config("expert", router_z_loss_coef=0.5), str(tmp_path), MoHGETrainer, accumulation=2)
+@pytest.mark.parametrize("overrides", [{}, MIXTURE], ids=["own router", "mixture"])
+def test_logged_figures(overrides, tmp_path):
+    trainer = train(config("expert", router_z_loss_coef=0.5, **overrides), str(tmp_path), MoHGETrainer, accumulation=2)
     for entry in trainer.state.log_history[:2]:
         total = entry["lm_loss"] + entry["router/expert"] + 0.5 * entry["router/z"]
         assert entry["loss"] == pytest.approx(total, rel=1e-5)
@@ -181,14 +192,14 @@ def test_running_mean_of_a_frozen_router_moves_once_per_step(tmp_path):
         trainer = train(
             run, str(tmp_path), accumulation=accumulation, callbacks=[RouterScheduleCallback(), _FreezeRouters()]
         )
-        means.append(trainer.model.model.routers[0].logit_ema_E)
+        means.append(trainer.model.routers[0].logit_ema_E)
     assert means[0].abs().max() > 1e-3
     torch.testing.assert_close(means[1], means[0], rtol=1e-4, atol=1e-6)
 
 
 class _FreezeRouters(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        for router in model.model.routers:
+        for router in model.routers:
             router.requires_grad_(False)
 
 
@@ -211,8 +222,9 @@ def test_group_loss_starts_on_schedule(tmp_path):
             "num_groups_per_tok": None,
             "router_logit_ema_strength": 0.5,
         },
+        {"loss": "z", **MIXTURE},
     ],
-    ids=["group schedule", "warm-up", "logit correction"],
+    ids=["group schedule", "warm-up", "logit correction", "mixture"],
 )
 def test_resume_is_bit_identical(overrides, tmp_path):
     run = {"model_config": config(**overrides), "trainer_class": MoHGETrainer, "accumulation": 2, "steps": 4}

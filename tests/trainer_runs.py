@@ -14,6 +14,19 @@ from mohge.training import MoHGETrainer
 
 LENGTHS = (5, 19, 8, 12, 3, 16, 10, 7)
 """Tokens of the rows of a batch: unequal, so that padding and shares matter."""
+MIXTURE = {
+    "backbone_config": {
+        "model_type": "olmoe",
+        "num_key_value_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    },
+    "num_groups_per_tok": None,
+    "shared_expert_intermediate_size": 0,
+}
+"""A mixture that keeps its router."""
 
 
 def rows() -> list[dict[str, list[int]]]:
@@ -99,6 +112,7 @@ def every_loss(accumulation: int, ranks: int, folder: str, trainer_class=Trainer
     runs["logit correction"] = config(
         "load_balancing", router_type="grouped_top_k", num_groups_per_tok=None, router_logit_ema_strength=0.5
     )
+    runs["mixture"] = config("load_balancing", router_z_loss_coef=1.0, **MIXTURE)
     results = {}
     for name, run in runs.items():
         trainer = train(run, folder, trainer_class, accumulation, ranks)

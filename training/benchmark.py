@@ -102,34 +102,29 @@ def _memory(options) -> dict[str, int]:
 
 def _models(options) -> dict[str, torch.nn.Module]:
     widths = [int(width) for width in options.widths.split(",")]
-    experts = len(widths) * options.experts_per_group
-    shared = {
-        "vocab_size": 4096,
-        "hidden_size": options.hidden_size,
-        "num_hidden_layers": options.layers,
-        "num_attention_heads": options.hidden_size // 64,
-        "num_experts_per_tok": options.top_k,
-        "pad_token_id": None,
-        "eos_token_id": None,
-    }
+    backbone = OlmoeConfig(
+        vocab_size=4096,
+        hidden_size=options.hidden_size,
+        intermediate_size=sum(widths) // len(widths),
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden_size // 64,
+        num_experts=len(widths) * options.experts_per_group,
+        num_experts_per_tok=options.top_k,
+        norm_topk_prob=True,
+        output_router_logits=True,  # adds its load-balancing loss, as MoHGE adds its own
+        pad_token_id=None,
+        eos_token_id=None,
+    )
     grouped = {
+        "backbone_config": backbone,
         "moe_intermediate_sizes": widths,
         "num_experts_per_group": options.experts_per_group,
+        "num_experts_per_tok": options.top_k,
         "shared_expert_intermediate_size": 0,
-        "qk_norm": "hidden",
-        **shared,
     }
     built = {
-        "OLMoE": OlmoeForCausalLM(
-            OlmoeConfig(
-                intermediate_size=sum(widths) // len(widths),
-                num_experts=experts,
-                norm_topk_prob=True,
-                output_router_logits=True,  # adds its load-balancing loss, as MoHGE adds its own
-                **shared,
-            )
-        ),
-        "MoHGE two_level": MoHGEForCausalLM(MoHGEConfig(**grouped)),
+        "OLMoE": OlmoeForCausalLM(backbone),
+        "MoHGE two_level": MoHGEForCausalLM(MoHGEConfig(router_type="two_level", **grouped)),
         "MoHGE top_k": MoHGEForCausalLM(
             MoHGEConfig(router_type="top_k", router_aux_loss_coef=0.01, router_expert_aux_loss_coef=0.0, **grouped)
         ),

@@ -22,6 +22,7 @@ OPTIMIZER_FOLDER = "optimizer"
 """Folder of a checkpoint that holds the optimizer's state of a sharded run."""
 
 _MAY_CHANGE = {
+    "backbone_config",  # whose fields are looked at one by one
     *ROUTER_COEFFICIENTS.values(),
     *("group_aux_loss_start", "router_intra_group_warmup", "router_logit_ema_decay", "attention_dropout"),
     *("initializer_range", "max_position_embeddings", "use_cache", "output_router_logits"),
@@ -39,13 +40,14 @@ def check_same_model(config: MoHGEConfig, folder: str | Path):
         ValueError: naming the first field that differs.
     """
     saved = MoHGEConfig.from_pretrained(folder)
-    for field in dataclasses.fields(MoHGEConfig):
-        ours, theirs = getattr(config, field.name), getattr(saved, field.name)
-        if field.name not in _MAY_CHANGE and ours != theirs:
-            raise ValueError(
-                f"{folder} is a checkpoint of another config: `{field.name}` is {theirs} there and {ours} in this "
-                "model: load the model with the checkpoint's config, or resume from another checkpoint"
-            )
+    for wanted, found in ((config, saved), (config.backbone_config, saved.backbone_config)):
+        for name in ("model_type", *(field.name for field in dataclasses.fields(wanted))):
+            ours, theirs = getattr(wanted, name), getattr(found, name, None)
+            if name not in _MAY_CHANGE and ours != theirs:
+                raise ValueError(
+                    f"{folder} is a checkpoint of another config: `{name}` is {theirs} there and {ours} in this "
+                    "model: load the model with the checkpoint's config, or resume from another checkpoint"
+                )
 
 
 def load_sharded_weights(model: PreTrainedModel, folder: str | Path):

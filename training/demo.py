@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
     ProgressCallback,
+    Qwen3Config,
     TrainingArguments,
     set_seed,
 )
@@ -163,16 +164,20 @@ def _perplexity(trainer: MoHGETrainer) -> float:
 
 
 def _config(router: str, tokenizer: PreTrainedTokenizerFast) -> MoHGEConfig:
-    return MoHGEConfig(
+    backbone = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
         num_hidden_layers=4,
         num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=32,
         max_position_embeddings=BLOCK,
-        qk_norm="head",
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+    )
+    return MoHGEConfig(
+        backbone_config=backbone,
         moe_intermediate_sizes=[64, 128, 192, 256],
         num_experts_per_group=4,
         num_experts_per_tok=4,

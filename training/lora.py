@@ -10,10 +10,13 @@ from typing import Literal
 from peft import LoraConfig
 
 from mohge import MoHGEConfig
+from mohge.backbones_mohge import FEED_FORWARD_NAMES
+from mohge.info import model_without_memory
 
 
-_ATTENTION = r"self_attn\.[^.]*_proj[^.]*"
-_FEED_FORWARD = r"mlp\.(shared_expert\.)?(gate|up|down)_proj"
+_NAMES = "|".join(FEED_FORWARD_NAMES)
+_ATTENTION = rf"layers\.\d+\.(?!{_NAMES})\w+\.\w*_proj\w*"
+_FEED_FORWARD = rf"({_NAMES})\.(shared_experts?\.)?((gate|up|down|gate_up)_proj|w[123])"
 
 
 def group_ranks(config: MoHGEConfig, rank: int) -> list[list[int]]:
@@ -125,12 +128,13 @@ def _ranks_by_parameter(config: MoHGEConfig, rank: int) -> dict[str, int]:
     if not layers:
         raise ValueError('`mlp_only_layers` leaves no layer with experts: use lora_targets="attention"')
     if not config.is_heterogeneous:
-        return dict(_stacks("mlp.experts", layers[0]))
-    indices = [index for index in range(config.num_hidden_layers) if index not in config.mlp_only_layers]
+        return dict(_stacks("experts", layers[0]))
+    model = model_without_memory(config)
+    names = {module: name for name, module in model.named_modules()}
     return {
         name: own
-        for index, ranks in zip(indices, layers, strict=True)
-        for name, own in _stacks(f"model.layers.{index}.mlp.experts", ranks)
+        for found, ranks in zip(model.sparse_feed_forwards, layers, strict=True)
+        for name, own in _stacks(names[found.experts], ranks)
     }
 
 

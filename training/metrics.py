@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from mohge import MoHGEConfig
+from mohge import MoHGEConfig, MoHGEForCausalLM
 
 
-def dense_parameters(model: nn.Module) -> int:
+def dense_parameters(model: MoHGEForCausalLM) -> int:
     """Number of parameters that every token passes through: all but the routed experts and adapters on them."""
-    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.experts." not in name)
+    routed = sum(p.numel() for found in model.sparse_feed_forwards for p in found.experts.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) - routed
 
 
 class RouterStatistics:

@@ -43,7 +43,7 @@ def expert_quantization(config: MoHGEConfig, kind: Literal["int8", "float8"], mi
     for index, layer in zip(sparse, config.sparse_layers, strict=True):
         groups = [str(g) for g, width in enumerate(layer.moe_intermediate_sizes) if width >= min_width]
         if groups:
-            layers.append(rf"{index}\.mlp\.experts\.(gate_up|down)_proj_({'|'.join(groups)})")
+            layers.append(rf"{index}\.\w+\.experts\.(gate_up|down)_proj_({'|'.join(groups)})")
     if not layers:
         raise ValueError(f"`quantize_min_width` is {min_width}, and no expert is that wide: lower it")
     pattern = rf"re:(.*\.)?layers\.({'|'.join(layers)})"

@@ -7,20 +7,26 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-from ..architectures import Architecture, Expert, LayerWeights, MoHGE
+from mohge import MoHGEConfig
+from mohge.backbones_mohge import FeedForward
+
+from ..decoders import Expert, LayerWeights, MoHGE, Source
 from ..recipe import Recipe
 
 
-Run = Callable[[Callable[[nn.Module], AbstractContextManager]], None]
-"""Runs the calibration tokens through the source's layer, inside the context that the argument makes of the window."""
+Run = Callable[[Callable[[FeedForward], AbstractContextManager]], None]
+"""Runs the calibration tokens through the source's layer, inside the context that the argument makes of its
+feed-forward."""
 
 
 class Layer(NamedTuple):
     """A layer that a mode is working on."""
 
     number: int
+    block: str
+    """What the names of the feed-forward's tensors begin with."""
     generator: torch.Generator
     tokens: int
     """Number T of calibration tokens."""
@@ -45,7 +51,7 @@ class Mode(ABC):
 
     Args:
         recipe ([`Recipe`]): The options.
-        source ([`Architecture`]): Architecture of the source.
+        source ([`Source`] or [`MoHGE`]): The source.
 
     Raises:
         ValueError: if an option is missing, does not apply, or does not fit the source.
@@ -59,7 +65,7 @@ class Mode(ABC):
     needs_difficulty = False
     """Whether `Layer.difficulty` is wanted."""
 
-    def __init__(self, recipe: Recipe, source: Architecture):
+    def __init__(self, recipe: Recipe, source: Source | MoHGE):
         self.recipe, self.source = recipe, source
         kind = "mohge" if isinstance(source, MoHGE) else "dense" if source.experts is None else "mixture"
         if kind != self.takes:
@@ -72,7 +78,7 @@ class Mode(ABC):
         for option in sorted(every_option - self.options):
             if getattr(recipe, option) is not None and getattr(recipe, option) is not False:
                 raise ValueError(f"`{option}` does not apply to mode {self.name}: leave it out")
-        if kind != "dense" and not source.equivalent().sparse_layers:
+        if kind != "dense" and not source.equivalent.sparse_layers:
             source.refuse("all of its layers are dense")
         try:
             self.target = self.make_target()
@@ -114,8 +120,12 @@ class Mode(ABC):
         return replace(self.recipe, **chosen)
 
     @abstractmethod
-    def make_target(self) -> Architecture:
-        """The architecture of the result, with its config."""
+    def make_target(self) -> Source | MoHGE:
+        """The model that results."""
+
+    def mohge(self, **fields) -> MoHGE:
+        """A MoHGE model with the source as its backbone."""
+        return MoHGE(MoHGEConfig(backbone_config=self.source.config, dtype=self.source.config.dtype, **fields))
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> Any:
         """What `convert` needs to know of calibration tokens; `run` may be called several times, or not at all."""
@@ -124,6 +134,10 @@ class Mode(ABC):
     @abstractmethod
     def convert(self, layer: Layer, weights: LayerWeights, statistics: Any) -> Converted:
         """The layer of the result."""
+
+    def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors, by the names that transformers has for them, as they are written."""
+        return tensors
 
     def expert_counts(self, total: int, groups: int | None = None) -> list[int]:
         """Experts in each group, of a source that has `total`; by default as many in each of `groups`."""
@@ -165,7 +179,8 @@ _KINDS = {"dense": "dense model", "mixture": "mixture of experts", "mohge": "MoH
 
 def slice_neurons(expert: Expert, index: torch.Tensor) -> Expert:
     """The expert with only these neurons, in this order: one index set for all three matrices."""
-    return Expert(expert.gate[index], expert.up[index], expert.down[:, index])
+    gate_bias, up_bias = (bias if bias is None else bias[index] for bias in (expert.gate_bias, expert.up_bias))
+    return Expert(expert.gate[index], expert.up[index], expert.down[:, index], gate_bias, up_bias, expert.down_bias)
 
 
 def widen(expert: Expert, width: int, generator: torch.Generator | None, std: float = 0.0) -> Expert:
@@ -180,8 +195,12 @@ def widen(expert: Expert, width: int, generator: torch.Generator | None, std: fl
     else:
         gate, up = (torch.randn(size, generator=generator) * std for _ in range(2))
     dtype = expert.gate.dtype
+    gate_bias, up_bias = (b if b is None else F.pad(b, (0, missing)) for b in (expert.gate_bias, expert.up_bias))
     return Expert(
         torch.cat([expert.gate, gate.to(dtype)]),
         torch.cat([expert.up, up.to(dtype)]),
         torch.cat([expert.down, expert.down.new_zeros(expert.down.shape[0], missing)], dim=1),
+        gate_bias,
+        up_bias,
+        expert.down_bias,
     )

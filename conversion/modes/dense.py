@@ -4,26 +4,18 @@ import math
 
 import torch
 
-from mohge import MoHGEConfig
-
-from ..architectures import Expert, LayerWeights, MoHGE
+from ..decoders import Expert, LayerWeights, MoHGE
 from ..statistics import DenseStatistics, cluster, important_neurons, linear_rows, observe_dense, refit
 from .base import Converted, Layer, Mode, Run, slice_neurons, widen
 
 
-_PROJECTIONS = Expert("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
-
-
-def take_feed_forward(weights: LayerWeights) -> tuple[Expert, dict[str, torch.Tensor]]:
-    """The feed-forward of a dense layer, and the layer's other tensors."""
-    others = {name: tensor for name, tensor in weights.tensors.items() if name not in _PROJECTIONS}
-    return Expert(*(weights.tensors[name] for name in _PROJECTIONS)), others
-
-
-def shared_expert(expert: Expert) -> dict[str, torch.Tensor]:
+def shared_expert(block: str, expert: Expert) -> dict[str, torch.Tensor]:
     """The tensors of a shared expert."""
-    names = (name.replace("mlp.", "mlp.shared_expert.") for name in _PROJECTIONS)
-    return dict(zip(names, expert, strict=True))
+    return {
+        f"{block}shared_expert.{name}_proj.weight": tensor
+        for name, tensor in expert._asdict().items()
+        if tensor is not None  # it has no biases
+    }
 
 
 class Copy(Mode):
@@ -39,7 +31,7 @@ class Copy(Mode):
     @property
     def narrows(self) -> bool:
         """Whether some expert is narrower than the feed-forward."""
-        return min(self.target.config.moe_intermediate_sizes) < self.source.config.intermediate_size
+        return min(self.target.config.moe_intermediate_sizes) < self.source.width
 
     @property
     def exact(self) -> bool:
@@ -68,7 +60,7 @@ class Copy(Mode):
             "router_type": self.recipe.router or "two_level",
             "shared_expert_intermediate_size": self.shared_width,
         }
-        return MoHGE(MoHGEConfig(**self.source.backbone(), **fields))
+        return self.mohge(**fields)
 
     @property
     def shared_width(self) -> int:
@@ -78,15 +70,15 @@ class Copy(Mode):
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> DenseStatistics | None:
         if self.recipe.calibration is None:
             return None
-        width = self.source.config.intermediate_size
+        width = self.source.width
         gram = self.refits and self.narrows
         statistics = DenseStatistics(width, layer.tokens, gram, layer.device)
-        run(lambda decoder: observe_dense(decoder, statistics))
+        run(lambda found: observe_dense(found, statistics))
         return statistics
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: DenseStatistics | None) -> Converted:
         config, generator = self.target.config, layer.generator
-        full, tensors = take_feed_forward(weights)
+        full, tensors = weights.expert(0), dict(weights.tensors)
         tensors |= self._router(layer, statistics, full.gate.dtype)
         squares, narrowed = [], {}
 
@@ -114,7 +106,7 @@ class Copy(Mode):
             return expert
         width = expert.gate.shape[0]
         drawn = torch.randperm(width, generator=generator)[: round(self.recipe.reinit * width)]
-        made = Expert(*(matrix.clone() for matrix in expert))
+        made = Expert(*(matrix.clone() for matrix in expert if matrix is not None))
         for neurons in (made.gate, made.up, made.down.T):  # one index set for all three
             old = neurons[drawn].float()
             new = torch.randn(old.shape, generator=generator) * old.std() + old.mean()
@@ -125,23 +117,24 @@ class Copy(Mode):
         """Rows that tell clusters of tokens apart, and for groups easy tokens from hard ones: the harder, the wider.
         Without calibration, rows drawn at random."""
         config = self.target.config
-        sizes = {"mlp.gate.weight": config.num_experts}
+        experts, groups = f"{layer.block}gate.weight", f"{layer.block}gate.group_weight"
+        sizes = {experts: config.num_experts}
         if config.router_type == "two_level":
-            sizes["mlp.gate.group_weight"] = config.num_groups
+            sizes[groups] = config.num_groups
         if statistics is None:
             drawn = {name: torch.randn(n, config.hidden_size, generator=layer.generator) for name, n in sizes.items()}
             return {name: (rows * config.initializer_range).to(dtype) for name, rows in drawn.items()}
         inputs_TH = statistics.sample()
-        targets = {"mlp.gate.weight": torch.zeros(len(inputs_TH), config.num_experts)}
+        targets = {experts: torch.zeros(len(inputs_TH), config.num_experts)}
         for ids in config.expert_id_table:
             ids = torch.tensor([number for number in ids if number < config.num_experts])
             capacity = -(-len(inputs_TH) // len(ids))
             clusters_T = cluster(inputs_TH, [capacity] * len(ids), layer.generator)
-            targets["mlp.gate.weight"].scatter_(1, ids[clusters_T, None], 1.0)
-        if "mlp.gate.group_weight" in sizes:
+            targets[experts].scatter_(1, ids[clusters_T, None], 1.0)
+        if groups in sizes:
             order_T = layer.difficulty[statistics.sampled()].argsort(stable=True).argsort()
             bins_T = order_T * config.num_groups // len(order_T)
-            targets["mlp.gate.group_weight"] = torch.eye(config.num_groups)[bins_T]
+            targets[groups] = torch.eye(config.num_groups)[bins_T]
         gram_HH = inputs_TH.T @ inputs_TH
         return {
             name: linear_rows(gram_HH, inputs_TH.T @ target, len(inputs_TH)).to(dtype)
@@ -161,12 +154,12 @@ class Residual(Copy):
 
     @property
     def shared_width(self) -> int:
-        return self.source.config.intermediate_size
+        return self.source.width
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: DenseStatistics | None) -> Converted:
         routed = super().convert(layer, weights, statistics).weights
-        full, _ = take_feed_forward(weights)
-        return Converted(LayerWeights({**routed.tensors, **shared_expert(full)}, routed.expert))
+        shared = shared_expert(layer.block, weights.expert(0))
+        return Converted(LayerWeights({**routed.tensors, **shared}, routed.expert))
 
     def finish(self, expert: Expert, generator: torch.Generator) -> Expert:
         return expert._replace(down=torch.zeros_like(expert.down))
@@ -183,7 +176,7 @@ class Shards(Mode):
     reason = "a token takes one copy of every shard, and the down projection makes up for the combine weights"
 
     def make_target(self) -> MoHGE:
-        widths, width = self.required("widths"), self.source.config.intermediate_size
+        widths, width = self.required("widths"), self.source.width
         if sum(widths) != width:
             raise ValueError(
                 f"`widths` {widths} add up to {sum(widths)}, and the feed-forward has width {width}: make them agree"
@@ -196,7 +189,7 @@ class Shards(Mode):
             "shared_expert_intermediate_size": 0,
             "routed_scaling_factor": len(widths) / self._factor(len(widths)),
         }
-        return MoHGE(MoHGEConfig(**self.source.backbone(), **fields))
+        return self.mohge(**fields)
 
     def _factor(self, groups: int) -> int:
         """What the down projection is multiplied by. Half precision holds a weight times a power of two only; the
@@ -205,8 +198,8 @@ class Shards(Mode):
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: None) -> Converted:
         config = self.target.config
-        full, tensors = take_feed_forward(weights)
-        tensors["mlp.gate.weight"] = full.gate.new_zeros(config.num_experts, config.hidden_size)
+        full, tensors = weights.expert(0), dict(weights.tensors)
+        tensors[f"{layer.block}gate.weight"] = full.gate.new_zeros(config.num_experts, config.hidden_size)
         parts = torch.arange(full.gate.shape[0]).split(config.moe_intermediate_sizes)
 
         def expert(number: int) -> Expert:

@@ -1,15 +1,16 @@
 """Leaving MoHGE: back to the source's format, or to experts of one width."""
 
+from transformers.core_model_loading import revert_weight_conversion
+
 from mohge import MoHGEConfig
 
-from ..architectures import Architecture, Expert, LayerWeights, MoHGE
-from ..loading import make_architecture
+from ..decoders import Expert, LayerWeights, MoHGE, Source, make_decoder
 from .base import Converted, Layer, Mode, widen
+from .mixtures import routing_fields
 
 
-_FREE = {"moe_intermediate_sizes", "num_experts_per_group", "num_groups_per_tok"}
-_FREE |= {"dtype", "use_cache", "attention_dropout", "initializer_range"}
-"""Fields that may differ from the source's: how experts are grouped, and what matters in training only."""
+_FREE = {"dtype", "use_cache", "attention_dropout", "initializer_range", "architectures", "transformers_version"}
+"""Fields that may differ from the source's: they matter in training only."""
 
 
 class Export(Mode):
@@ -24,7 +25,7 @@ class Export(Mode):
     def reason(self) -> str:
         return "idle neurons add nothing" if self.recipe.pad else "groups of one width route as the source's experts"
 
-    def make_target(self) -> Architecture:
+    def make_target(self) -> Source | MoHGE:
         return self._padded() if self.recipe.pad else self._source()
 
     def _padded(self) -> MoHGE:
@@ -40,36 +41,46 @@ class Export(Mode):
         fields["per_layer_config"] = {layer: padded(entry) for layer, entry in layers.items()} or None
         return MoHGE(MoHGEConfig.from_dict(fields))
 
-    def _source(self) -> Architecture:
+    def _source(self) -> Source:
         config = self.source.config
         fields = getattr(config, "source_config", None)
         if not isinstance(fields, dict):
             raise ValueError("mode export goes back to the source of a `regroup`, and this model has none: use `pad`")
-        target = make_architecture(fields)
+        target = make_decoder(fields)
         if target.experts is None or config.is_heterogeneous:
             raise ValueError(f"mode export cannot make these experts a {target.model_type} model: use `pad`")
-        wanted = target.equivalent()
-        names = target.backbone().keys() | target.mixture([1], 1).keys()
-        for name in sorted(names - _FREE):
-            if getattr(config, name) != getattr(wanted, name):
+        ours, wanted = config.backbone_config.to_dict(), target.config.to_dict()
+        if not config.keeps_router:
+            routing = routing_fields(target, config.router_type, config.num_groups)
+            ours |= {name: getattr(config, name) for name in routing}
+            wanted |= routing
+        for name in sorted(wanted.keys() - _FREE):
+            if ours.get(name) != wanted[name] and not name.startswith(("_", "router_")):
                 raise ValueError(
-                    f"mode export cannot go back to {target.model_type}: `{name}` is {getattr(config, name)}, and was "
-                    f"{getattr(wanted, name)} in the source. Set it back, or use `pad`"
+                    f"mode export cannot go back to {target.model_type}: `{name}` is {ours.get(name)}, and was "
+                    f"{wanted[name]} in the source. Set it back, or use `pad`"
                 )
-        routes_flat = config.num_groups_per_tok == config.num_groups
-        if not routes_flat or sorted(config.expert_widths) != sorted(wanted.expert_widths):
+        if list(config.expert_widths) != [target.experts.width] * target.experts.count:
             raise ValueError(
-                f"mode export cannot go back to {target.model_type}, which chooses among all of {wanted.num_experts} "
-                f"experts of width {target.experts.width}: use `pad`"
+                f"mode export cannot go back to {target.model_type}, which has {target.experts.count} experts of "
+                f"width {target.experts.width} in a layer: use `pad`"
             )
         return target
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: None) -> Converted:
         if not self.recipe.pad:
-            return Converted(weights)
+            tensors, ids = dict(weights.tensors), f"{layer.block}experts.expert_ids"
+            if ids not in tensors:
+                return Converted(weights)
+            here = tensors.pop(ids).tolist()
+            return Converted(LayerWeights(tensors, lambda number: weights.expert(here[number])))
         width = self.target.config.moe_intermediate_size
 
         def expert(number: int) -> Expert:
             return widen(weights.expert(number), width, None)
 
         return Converted(LayerWeights(weights.tensors, expert))
+
+    def on_disk(self, tensors: dict) -> dict:
+        """The tensors as the source's format has them on the disk."""
+        return tensors if self.recipe.pad else revert_weight_conversion(self.target.model, tensors)

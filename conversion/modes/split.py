@@ -7,10 +7,10 @@ import torch
 from mohge import MoHGEConfig
 from mohge.routing_mohge import MoHGERouter
 
-from ..architectures import Expert, LayerWeights, MoHGE
+from ..decoders import Expert, LayerWeights, MoHGE
 from ..statistics import cluster, linear_rows, observe_dense, ridge, square
 from .base import Converted, Layer, Mode, Run, slice_neurons
-from .dense import shared_expert, take_feed_forward
+from .dense import shared_expert
 
 
 _MARKED = 0.1
@@ -98,7 +98,7 @@ class Split(Mode):
     needs_calibration = "to tell which neurons are active together"
 
     def make_target(self) -> MoHGE:
-        widths, width = self.required("widths"), self.source.config.intermediate_size
+        widths, width = self.required("widths"), self.source.width
         top_groups = self.recipe.top_groups
         fields = {
             "moe_intermediate_sizes": widths,
@@ -110,29 +110,29 @@ class Split(Mode):
             "topk_weight_normalization": "softmax",
             "routed_scaling_factor": float(self.recipe.top_k),
         }
-        routed = sum(MoHGEConfig(**self.source.backbone(), **fields).expert_widths)
+        routed = sum(MoHGEConfig(backbone_config=self.source.config, **fields).expert_widths)
         if routed > width:
             raise ValueError(
                 f"`widths` times `experts_per_group` make {routed} neurons, and the feed-forward has {width}: ask for "
                 "fewer; what is left becomes the shared expert"
             )
         fields["shared_expert_intermediate_size"] = width - routed
-        return MoHGE(MoHGEConfig(**self.source.backbone(), **fields))
+        return self.mohge(**fields)
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> _Partition:
-        full, _ = take_feed_forward(weights)
+        full = weights.expert(0)
         rows_EH, order_D = self._partition(layer, full, run)
         router = MoHGERouter(self.target.config)
         router.weight.data = rows_EH.float()  # as they will be read again
         residue = _Residue(router, order_D, full.down, layer.device)
-        run(lambda decoder: observe_dense(decoder, residue))
+        run(lambda found: observe_dense(found, residue))
         return _Partition(rows_EH, order_D, residue)
 
     def _partition(self, layer: Layer, full: Expert, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         """Router rows, and the order of neurons: those of the shared expert, then of each routed expert by id."""
         config = self.target.config
         activity = _Activity(full.down, layer.tokens, layer.device)
-        run(lambda decoder: observe_dense(decoder, activity))
+        run(lambda found: observe_dense(found, activity))
         by_rate_D = activity.active_D.cpu().argsort(descending=True, stable=True)
         shared, routed = by_rate_D.tensor_split([config.shared_expert_intermediate_size])
         markers = torch.cat(activity.markers).cpu()[:, routed].T.contiguous()
@@ -144,7 +144,7 @@ class Split(Mode):
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: _Partition) -> Converted:
         config, residue = self.target.config, statistics.residue
-        full, tensors = take_feed_forward(weights)
+        full, tensors = weights.expert(0), dict(weights.tensors)
         gram_DD, moments_DH = residue.gram_DD.cpu(), residue.moments_DH.cpu()
         correction_HD = ridge(gram_DD, moments_DH).T
         # ||missed - correction a||^2, summed over tokens
@@ -155,8 +155,8 @@ class Split(Mode):
         parts = torch.arange(len(statistics.order_D)).split(
             [config.shared_expert_intermediate_size, *config.expert_widths]
         )
-        tensors["mlp.gate.weight"] = statistics.rows_EH
+        tensors[f"{layer.block}gate.weight"] = statistics.rows_EH
         if config.shared_expert_intermediate_size:
-            tensors |= shared_expert(slice_neurons(ordered, parts[0]))
+            tensors |= shared_expert(layer.block, slice_neurons(ordered, parts[0]))
         weights = LayerWeights(tensors, lambda number: slice_neurons(ordered, parts[1 + number]))
         return Converted(weights, [torch.stack([residue.output, residue.missed, error.clamp(min=0)])])

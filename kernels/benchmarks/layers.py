@@ -68,7 +68,7 @@ class Layer:
             num_experts_per_tok=self.shape.top_k,
             router_type="top_k",
         )
-        experts = MoHGEExperts(config, config).to(self.device, self.dtype)
+        experts = MoHGEExperts(config, config, torch.nn.SiLU()).to(self.device, self.dtype)
         experts.init_weights(self.shape.hidden_size**-0.5)
         return experts.eval()
 

@@ -1,39 +1,94 @@
-"""What a forward pass keeps for backward, in bytes per token, from the config alone.
+"""
+What a forward pass keeps for backward, in bytes per token, and what its attention computes.
 
-For the kernels that MoHGE models use by default, and attention kernels that keep no matrix of scores (sdpa, flash).
-What router losses keep is left out: a few numbers per expert at most.
+Experts by formula, since it depends on where they are; everything else is seen in a forward pass on the meta device,
+whatever the backbone. For the kernels that MoHGE models use by default, and attention kernels that keep no matrix of
+scores (sdpa, flash). What router losses keep is left out: a few numbers per expert at most.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import nn
+from transformers import AttentionInterface
 
-from mohge import MoHGEConfig
+from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.backbones_mohge import feed_forwards
+from mohge.info import model_without_memory
 
 
-def layer_bytes(config: MoHGEConfig, index: int, element: int) -> int:
+_TOKENS = 64
+
+
+class AttentionShape(NamedTuple):
+    """What the attention of a layer computes."""
+
+    score_width: int
+    """Numbers in the query and in the value heads of a token."""
+    window: int | None
+    """Tokens that a token attends to at most, itself included."""
+
+
+class _Keep(torch.autograd.Function):
+    """Keeps its inputs, and if it is to, its output and a number for each query, as attention kernels do."""
+
+    @staticmethod
+    def forward(ctx, shape: tuple[int, ...], statistics: bool, *inputs: torch.Tensor) -> torch.Tensor:
+        output = inputs[0].new_empty(shape)
+        kept = [output, output.new_empty(shape[:-1], dtype=torch.float32)] if statistics else []
+        ctx.save_for_backward(*inputs, *kept)
+        return output
+
+
+def _attention(module: nn.Module, query, key, value, attention_mask, sliding_window=None, **kwargs):
+    batch, heads, tokens, width = query.shape
+    module.attention_shape = AttentionShape(heads * (width + value.shape[-1]), sliding_window)
+    return _Keep.apply((batch, tokens, heads, value.shape[-1]), True, query, key, value), None
+
+
+AttentionInterface.register("mohge_placement", _attention)
+
+
+def _experts(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    return _Keep.apply(hidden_states.shape, False, hidden_states, top_k_index, top_k_weights)
+
+
+def run_without_memory(config: MoHGEConfig, dtype: torch.dtype) -> tuple[MoHGEForCausalLM, list[float]]:
     """
-    Bytes per token that decoder layer `index` keeps, but for what depends on where its experts are.
+    Run a model without memory forward.
 
     Args:
         config ([`MoHGEConfig`]): Config of the model.
-        index (`int`): Number of the layer.
-        element (`int`): Bytes of a number in the model's dtype.
+        dtype (`torch.dtype`): Of weights and activations.
+
+    Returns:
+        `tuple[MoHGEForCausalLM, list[float]]`: the model, whose attention modules have an `attention_shape` now; and
+        the bytes per token that each decoder layer keeps, routed experts left out, and at last those that everything
+        around the layers keeps, logits left out.
     """
-    size = 2 * norm_bytes(config.hidden_size, element) + _attention_bytes(config, element)
-    if index in config.mlp_only_layers:
-        return size + _mlp_bytes(config.intermediate_size, element)
-    layer = config.per_layer_config[index]
-    size += 4 * layer.num_experts  # log-probabilities
-    size += (8 + 4 + element) * layer.num_experts_per_tok  # ids, and weights in float32 and in the model's dtype
-    if element < 4:
-        size += 4 * config.hidden_size  # the router computes in float32
-    if config.shared_expert_gate:
-        size += (config.hidden_size + 1) * element
-    return size + _mlp_bytes(config.shared_expert_intermediate_size, element)
+    model = model_without_memory(config).to(dtype).train()
+    model.set_attn_implementation("mohge_placement")
+    layers = feed_forwards(model)
+    kept: list[dict[int, torch.UntypedStorage]] = [{} for _ in range(len(layers) + 1)]
+    inside: list[int] = []
+    for found in layers:
+        found.layer.register_forward_pre_hook(lambda *_, index=found.layer_idx: inside.append(index))
+        found.layer.register_forward_hook(lambda *_: inside.clear())
+    for found in model.sparse_feed_forwards:
+        found.experts.forward = _experts
+    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            kept[inside[-1] if inside else -1][storage._cdata] = storage  # held, so that no other takes its address
+        return tensor
 
-def norm_bytes(size: int, element: int) -> int:
-    """Bytes per token of an RMS norm over `size` numbers: input in float32, normalised input, output."""
-    return size * (4 + 2 * element)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return model, [sum(storage.nbytes() for storage in storages.values()) / _TOKENS for storages in kept]
 
 
 def expert_bytes(layer: MoHGEConfig, element: int, dispatched: bool) -> torch.Tensor:
@@ -52,26 +107,4 @@ def sender_bytes(layer: MoHGEConfig, element: int) -> int:
     return layer.hidden_size * element + 2 * 8
 
 
-def _attention_bytes(config: MoHGEConfig, element: int) -> int:
-    """Queries, keys, values, output and the logsumexp of each query's scores, and what is before queries and keys."""
-    heads = config.num_attention_heads
-    if config.kv_lora_rank is not None:
-        query_key = 2 * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-        value = heads * (config.qk_nope_head_dim + config.v_head_dim)  # a view into what holds the keys as well
-        norms = sum(norm_bytes(rank, element) for rank in (config.kv_lora_rank, config.q_lora_rank or 0))
-        return (query_key + value + heads * config.v_head_dim) * element + norms + 4 * heads
-    query, key = heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    kept = 2 * (query + key) * element + 4 * heads
-    if config.qk_norm is not None:
-        kept += (query + key) * (4 + element)
-    if config.clip_qkv is not None:
-        kept += (query + 2 * key) * element
-    return kept
-
-
-def _mlp_bytes(width: int, element: int) -> int:
-    """Gate and up, the activated gate, and its product with up."""
-    return 4 * width * element
-
-
-__all__ = ["expert_bytes", "layer_bytes", "norm_bytes", "sender_bytes"]
+__all__ = ["AttentionShape", "expert_bytes", "run_without_memory", "sender_bytes"]

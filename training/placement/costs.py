@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.backbones_mohge import feed_forwards
 
 from ..traffic import RouterTraffic
-from .activations import expert_bytes, layer_bytes, norm_bytes, sender_bytes
+from .activations import expert_bytes, run_without_memory, sender_bytes
 from .allocations import ALLOCATIONS, Allocation
 
 
@@ -127,9 +128,10 @@ def allocation_costs(
             kept[-1] += load.sum() * sender_bytes(layer, element)
 
     expert_parameters = [int(count) for count in sum(held)]
-    parameters = [a + b for a, b in zip(dense_parameters(config, devices), expert_parameters, strict=True)]
+    model, dense_bytes = run_without_memory(config, workload.dtype)
+    parameters = [a + b for a, b in zip(dense_parameters(model, devices), expert_parameters, strict=True)]
     weights = [count * element for count in parameters]
-    activations = _activation_bytes(config, workload, kept)
+    activations = _activation_bytes(config, workload, dense_bytes, kept)
     # When backward begins there are the logits in the model's dtype, which it returns, and in float32 their
     # log-probabilities and the gradients of both.
     logits = workload.tokens * config.vocab_size * (element + 3 * 4)
@@ -150,29 +152,31 @@ def allocation_costs(
     )
 
 
-def _activation_bytes(config: MoHGEConfig, workload: Workload, kept: list[torch.Tensor]) -> torch.Tensor:
+def _activation_bytes(
+    config: MoHGEConfig, workload: Workload, dense_bytes: list[float], kept: list[torch.Tensor]
+) -> torch.Tensor:
     """`[R]` bytes per token, where the experts of each sparse layer keep `kept` `[R]`."""
-    element = workload.dtype.itemsize
+    *sizes, around = dense_bytes
     of_experts = iter(kept)
     layers = torch.stack(
         [
-            layer_bytes(config, index, element)
-            + (torch.zeros_like(kept[0]) if index in config.mlp_only_layers else next(of_experts))
-            for index in range(config.num_hidden_layers)
+            size + (torch.zeros_like(kept[0]) if index in config.mlp_only_layers else next(of_experts))
+            for index, size in enumerate(sizes)
         ]
     )
-    last_norm = norm_bytes(config.hidden_size, element)
     if workload.gradient_checkpointing:
-        return layers.amax(0) + config.num_hidden_layers * config.hidden_size * element + last_norm
-    return layers.sum(0) + last_norm
+        inputs = config.num_hidden_layers * config.hidden_size * workload.dtype.itemsize
+        return layers.amax(0) + inputs + around
+    return layers.sum(0) + around
 
 
-def dense_parameters(config: MoHGEConfig, devices: int) -> list[int]:
+def dense_parameters(model: MoHGEForCausalLM, devices: int) -> list[int]:
     """Parameters of each device that belong to no routed expert: FSDP shards the first dimension of each tensor in
     chunks of the same number of rows, so that the last devices may have less."""
+    routed = {id(p) for found in model.sparse_feed_forwards for p in found.experts.parameters()}
     held = [0] * devices
-    for name, parameter in _meta_model(config).named_parameters():
-        if ".experts." not in name:
+    for parameter in model.parameters():
+        if id(parameter) not in routed:
             rows, row = parameter.shape[0], parameter[0].numel()
             chunk = -(-rows // devices)
             for device in range(devices):
@@ -186,40 +190,32 @@ def dense_flops(config: MoHGEConfig, sequence_length: int) -> dict[str, float]:
     many. `attention_scores` are queries with keys and weights with values, over the tokens that a token of a sequence
     of `sequence_length` attends to on average. Norms and other elementwise work are left out.
     """
-    model = _meta_model(config)
+    model, _ = run_without_memory(config, torch.float32)
     names = ("attention_projections", "attention_scores", "shared_expert", "dense_layers", "router")
     flops = dict.fromkeys(names, 0.0)
-    for layer, kind in zip(model.model.layers, config.layer_types, strict=True):
-        flops["attention_projections"] += _matrix_flops(layer.self_attn)
-        flops["attention_scores"] += 2 * _score_width(config) * _mean_context(config, kind, sequence_length)
-        if hasattr(layer.mlp, "experts"):
-            shared = (layer.mlp.shared_expert, layer.mlp.shared_expert_gate)
-            flops["shared_expert"] += sum(_matrix_flops(module) for module in shared if module is not None)
-            flops["router"] += _matrix_flops(layer.mlp.gate)
+    for found in feed_forwards(model):
+        feed_forward = _matrix_flops(found.module)
+        flops["attention_projections"] += _matrix_flops(found.layer) - feed_forward
+        for module in found.layer.modules():
+            if hasattr(module, "attention_shape"):
+                width, window = module.attention_shape
+                flops["attention_scores"] += 2 * width * _mean_context(window, sequence_length)
+        if found.layer_idx in config.mlp_only_layers:
+            flops["dense_layers"] += feed_forward
         else:
-            flops["dense_layers"] += _matrix_flops(layer.mlp)
-    return flops | {"lm_head": _matrix_flops(model.lm_head)}
-
-
-def _meta_model(config: MoHGEConfig) -> MoHGEForCausalLM:
-    with torch.device("meta"):
-        return MoHGEForCausalLM(config)
+            router = 0.0 if found.router is None else _matrix_flops(found.router)
+            flops["router"] += router
+            flops["shared_expert"] += feed_forward - router
+    return flops | {"lm_head": _matrix_flops(model.get_output_embeddings())}
 
 
 def _matrix_flops(module: torch.nn.Module) -> float:
     return 2.0 * sum(parameter.numel() for parameter in module.parameters() if parameter.dim() == 2)
 
 
-def _score_width(config: MoHGEConfig) -> int:
-    """Numbers in the query and in the value heads of a token."""
-    if config.kv_lora_rank is None:
-        return 2 * config.num_attention_heads * config.head_dim
-    return config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-
-
-def _mean_context(config: MoHGEConfig, kind: str, length: int) -> float:
+def _mean_context(window: int | None, length: int) -> float:
     """Tokens that a token attends to, itself included: 1 for the first of a sequence, and so on up to the window."""
-    window = min(config.sliding_window, length) if kind == "sliding_attention" else length
+    window = min(window or length, length)
     return window * (length - (window - 1) / 2) / length
 
 

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mohge import MoHGEForCausalLM
+from mohge import MoHGEForCausalLM, record_routing
 
 from ..metrics import RouterStatistics, dense_parameters
 
 
 _POSITIONS = 512
-"""Positions whose logits exist at the same time: a large vocabulary would otherwise take gigabytes."""
+"""Positions whose logits exist in float32 at the same time."""
 
 
 @dataclass
@@ -70,28 +70,28 @@ def evaluate_routing(model: MoHGEForCausalLM, batches: Iterable[dict[str, torch.
     for batch in batches:
         labels = batch.get("labels", batch["input_ids"]).to(model.device)
         inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-        outputs = model.model(**inputs, use_cache=False, output_router_index=True)
+        with record_routing() as routing:
+            logits = model(**inputs, use_cache=False).logits
         tokens = labels.numel()
         groups = torch.zeros(tokens, statistics.num_groups + 1, device=model.device)
         chosen_widths = torch.zeros(tokens, len(widths) + 1, device=model.device)
         counts = []
-        for layer, index, (group_of, width_of) in zip(statistics.layers, outputs.router_index, columns, strict=True):
-            one = torch.ones(index.shape, device=index.device)
+        for layer, routed, (group_of, width_of) in zip(statistics.layers, routing, columns, strict=True):
+            index, one = routed.index, torch.ones(routed.index.shape, device=model.device)
             groups.scatter_add_(1, group_of[index], one)
             chosen_widths.scatter_add_(1, width_of[index], one)
             counts.append(index.flatten().bincount(minlength=layer.num_experts + 1)[:-1])
         statistics.add(counts, tokens)
-        losses = _losses(model, outputs.last_hidden_state, labels)
-        records.append([inputs["input_ids"].flatten(), losses, groups[:, :-1], chosen_widths[:, :-1]])
+        records.append([inputs["input_ids"].flatten(), _losses(logits, labels), groups[:, :-1], chosen_widths[:, :-1]])
         records[-1] = [values.cpu() for values in records[-1]]
     return RoutingEvaluation(statistics, widths, *(torch.cat(values) for values in zip(*records, strict=True)))
 
 
-def _losses(model: MoHGEForCausalLM, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """[B S]: loss of the prediction at each position, NaN where the next label is -100."""
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-    pieces = zip(hidden_states.flatten(0, 1).split(_POSITIONS), targets.split(_POSITIONS), strict=True)
-    losses = [F.cross_entropy(model.lm_head(x).float(), target, reduction="none") for x, target in pieces]
+    pieces = zip(logits.flatten(0, 1).split(_POSITIONS), targets.split(_POSITIONS), strict=True)
+    losses = [F.cross_entropy(x.float(), target, reduction="none") for x, target in pieces]
     return torch.cat(losses).masked_fill(targets == -100, float("nan"))
 
 

@@ -1,7 +1,0 @@
-"""Llama."""
-
-from .base import Architecture
-
-
-class Llama(Architecture):
-    model_type = "llama"
