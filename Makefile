@@ -5,8 +5,9 @@ BIN := .venv/bin
 FLOOR_BIN := .venv-floor/bin
 # What depends most on other packages: model, generation, Trainer, saving, code in checkpoints, conversion, adapters.
 # Not compilation, which is slow and depends on torch, the same in both environments.
-FLOOR_TESTS := $(addprefix tests/test_, versions.py quiet.py modeling.py generation.py trainer.py trainer_checkpoints.py \
-	checkpoints.py remote_code.py convert_mixtures.py lora.py finetune.py quantization.py)
+FLOOR_TESTS := $(addprefix tests/modeling_mohge/test_, versions.py quiet.py modeling.py generation.py checkpoints.py \
+	remote_code.py) tests/conversion/test_convert_mixtures.py $(addprefix tests/training/, loop/test_trainer.py \
+	loop/test_trainer_checkpoints.py tuning/test_lora.py tuning/test_quantization.py commands/test_finetune.py)
 
 .PHONY: demo test test-floor style
 

@@ -107,7 +107,7 @@ def _documents(recipe: Recipe, source: Path) -> Iterator[list[int]]:
 
 def _rows(recipe: Recipe) -> Iterator[dict]:
     """The rows, read as they are needed: nothing is downloaded or cached as a whole."""
-    from mohge.training.data import TextSource, read_rows  # seconds, which other commands should not wait
+    from mohge.training.data.packing import TextSource, read_rows  # seconds, which other commands should not wait
 
     name, column = recipe.calibration, recipe.calibration_column
     try:

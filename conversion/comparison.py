@@ -27,8 +27,8 @@ from transformers import (
     set_seed,
 )
 
-from mohge.training.corpus import standard_library_texts, token_blocks, train_tokenizer
-from mohge.training.trainer import MoHGETrainer
+from mohge.training.data.corpus import standard_library_texts, token_blocks, train_tokenizer
+from mohge.training.loop.trainer import MoHGETrainer
 
 from .pipeline import convert
 from .plan import make_plan

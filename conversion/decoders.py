@@ -221,6 +221,9 @@ class Decoder:
         self.model.load_state_dict(tensors, strict=False, assign=True)
         self.model.tie_weights()
         setattr(self._parent, self._list_name, nn.ModuleList())  # the layers have no weights that could be moved
+        for parameter in self.model.parameters():
+            if parameter.dim() < 2:  # norms, which are no products of matrices
+                parameter.data = parameter.data.float()
         self.model.to(device)
         setattr(self._parent, self._list_name, self._layers)
 

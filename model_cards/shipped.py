@@ -1,6 +1,9 @@
 """The recipes that come with the package: folders beside this file, each with a card, a config and a recipe."""
 
+import json
 from pathlib import Path
+
+from mohge import MoHGEConfig
 
 
 _FOLDER = Path(__file__).parent
@@ -14,3 +17,37 @@ def shipped_recipes() -> list[str]:
 def shipped_file(recipe: str, name: str) -> Path | None:
     """The file `name` of the shipped recipe `recipe`; None if there is no such recipe."""
     return _FOLDER / recipe / name if recipe in shipped_recipes() else None
+
+
+def load_config(source: str) -> MoHGEConfig:
+    """
+    Read a MoHGE config from a JSON file, a model folder, a Hub id or a shipped recipe.
+
+    Raises:
+        ValueError: if it is no config of a MoHGE model.
+        OSError: if there is nothing to read.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = shipped_file(source, "config.json") or path
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{source} is not JSON ({error}): give a config.json or its folder") from error
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json: give the folder of a saved model")
+    elif not path.exists() and (source.count("/") != 1 or path.suffix == ".json"):  # not the form of a Hub id either
+        raise FileNotFoundError(
+            f"{source} does not exist: give a config.json, the folder of a saved model, or one of the recipes "
+            f"{', '.join(shipped_recipes())}"
+        )
+    else:
+        values, _ = MoHGEConfig.get_config_dict(source)
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if model_type != "mohge":
+        raise ValueError(f'{source} has `model_type` "{model_type}", not "mohge": give the config of a MoHGE model')
+    try:
+        return MoHGEConfig.from_dict(values)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{source} is no valid config ({type(error).__name__}: {error}): mend that field") from error

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from mohge.cli import load_config
 from mohge.conversion.checkpoint import INDEX, SIDE_FILES, SINGLE
+from mohge.model_cards.shipped import load_config
 from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .card import keep_card, make_card

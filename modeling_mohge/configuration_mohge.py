@@ -258,6 +258,9 @@ class MoHGEConfig(PreTrainedConfig):
         backbone = config_dict.get("backbone_config") or _DEFAULT_BACKBONE
         names = own | _fields_of(backbone["model_type"]) if isinstance(backbone, dict) else own
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        changed = fields.get("backbone_config")
+        if isinstance(changed, dict) and "model_type" not in changed:  # only some of its fields
+            fields["backbone_config"] = {**backbone, **changed}
         return super().from_dict({**config_dict, **fields}, **kwargs)
 
     # Fields of the backbone are read and set through this config, as `config.hidden_size` is by everybody.
@@ -281,6 +284,28 @@ class MoHGEConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """See `PreTrainedConfig.get_text_config`: the backbone's config."""
         return self.backbone_config
+
+    # Parallel plans of the base model: the backbone's, to which the model adds its experts.
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """See `PreTrainedConfig.base_model_tp_plan`."""
+        return self.backbone_config.base_model_tp_plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """See `PreTrainedConfig.base_model_ep_plan`."""
+        return self.backbone_config.base_model_ep_plan
+
+    @property
+    def base_model_pp_plan(self) -> dict | None:
+        """See `PreTrainedConfig.base_model_pp_plan`."""
+        return self.backbone_config.base_model_pp_plan
+
+    @property
+    def base_model_fsdp_plan(self) -> dict:
+        """See `PreTrainedConfig.base_model_fsdp_plan`."""
+        return self.backbone_config.base_model_fsdp_plan
 
     @property
     def keeps_router(self) -> bool:

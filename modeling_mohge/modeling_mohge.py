@@ -35,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
-from transformers.utils.output_capturing import CompileableContextVar
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, CompileableContextVar, OutputRecorder
 
 from .backbones_mohge import activation, gate_function, is_silu, replaceable
 from .configuration_mohge import MoHGEConfig
@@ -84,8 +84,12 @@ class MoHGECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 _OUTPUT_FIELDS = frozenset(field.name for field in fields(MoHGECausalLMOutputWithPast))
 
 _recording = CompileableContextVar("routing")
-"""Where the layers of a forward under way put what was decided: [`ExpertTables`], [`RouterOutput`] and, of a
-backbone's own router, the id here of each of its experts. None where nobody asked for it."""
+"""Under `"routing"`, where the layers of a forward under way put what was decided: [`ExpertTables`], [`RouterOutput`]
+and, of a backbone's own router, the id here of each of its experts. Not there where nobody asked for it."""
+
+
+def _under_way() -> list | None:
+    return (_recording.get() or {}).get("routing")
 
 
 class _Outputs(list):
@@ -117,7 +121,7 @@ def record_routing() -> Iterator[list[RouterOutput]]:
     ```
     """
     recorded = _Outputs()
-    token = _recording.set(recorded)
+    token = _recording.set({"routing": recorded})
     try:
         yield recorded
     finally:
@@ -241,7 +245,7 @@ class MoHGESparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing: RouterOutput = self.gate(flat_hidden_states)
-        if (recorded := _recording.get()) is not None:
+        if (recorded := _under_way()) is not None:
             recorded.append((_unwrap(self.gate), routing, None))
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
         if self.shared_expert is None:
@@ -333,7 +337,7 @@ def _translate_and_record(experts: MoHGEMixtureExperts, arguments: tuple) -> tup
     # A router may say that a slot has no expert, by an id that no expert has.
     empty = top_k_index >= len(experts.expert_ids)
     top_k_index = experts.expert_ids[top_k_index.masked_fill(empty, 0)].masked_fill(empty, len(experts.expert_ids))
-    if (recorded := _recording.get()) is not None:
+    if (recorded := _under_way()) is not None:
         tensors = recorded.pop() if recorded and isinstance(recorded[-1], list) else []
         # Some routers have a last entry for "no expert".
         number = len(experts.expert_ids)
@@ -345,7 +349,7 @@ def _translate_and_record(experts: MoHGEMixtureExperts, arguments: tuple) -> tup
 
 def _record_logits(router: nn.Module, arguments: tuple, output):
     """Keep what the backbone's router returns until its experts are called."""
-    if (recorded := _recording.get()) is not None:
+    if (recorded := _under_way()) is not None:
         output = output if isinstance(output, tuple) else (output,)
         recorded.append([x for x in output if isinstance(x, torch.Tensor) and x.is_floating_point()])
 
@@ -381,6 +385,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             config._experts_implementation
         )
         self._sparse_paths = self._replace_feed_forwards()
+        self._adopt_base_model()
         if config.router_logit_ema_strength:
             self._keep_in_fp32_modules_strict = {"logit_ema_E", "logit_pending"}
         self._known_arguments = self._names_taken()
@@ -401,6 +406,16 @@ class MoHGEPreTrainedModel(PreTrainedModel):
                 setattr(found.layer, found.name, MoHGESparseMoeBlock(config, layer_config, act_fn))
         return tuple(found.path for found in replaced)
 
+    def _adopt_base_model(self):
+        """Make the backbone's own base model, inside a model with a head, one of ours, so that it is saved as one."""
+        inner = self.base_model
+        if inner is self:
+            return
+        inner.__class__ = _class_with_backbone(MoHGEModel, type(inner))
+        _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
+        inner.config, inner._is_inside = self.config, True
+        inner._sparse_paths = tuple(path.removeprefix(f"{self.base_model_prefix}.") for path in self._sparse_paths)
+
     @property
     def sparse_feed_forwards(self) -> list[nn.Module]:
         """The feed-forward of each layer that has our experts, in order: its `experts` are ours."""
@@ -416,7 +431,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         outputs = {f"output_{name}" for name in self.base_model._can_record_outputs or ()}
         passed = TransformersKwargs.__annotations__.keys() | PagedAttentionArgs.__annotations__.keys()
         # transformers' models take the cache by its old name until 5.40, outside of their signatures.
-        return frozenset(names | outputs | passed | {"past_key_values"}) - {"self", "args", "kwargs"}
+        return frozenset(names | outputs | passed | {"past_key_values", "return_dict"}) - {"self", "args", "kwargs"}
 
     def refuse_unknown(self, arguments: dict):
         """
@@ -452,9 +467,9 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             corrected = [router for router in self.routers if router.corrects_logits]
         for router in corrected:
             router.fold_logit_mean()
-        others = None if is_torchdynamo_compiling() else _recording.get()
+        others = None if is_torchdynamo_compiling() else _under_way()
         recorded = [] if record or others is not None else None
-        token = _recording.set(recorded)
+        token = _recording.set({} if recorded is None else {"routing": recorded})
         try:
             outputs = super().forward(**arguments)
         finally:
@@ -520,6 +535,11 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
         return super().get_correct_experts_implementation(requested_experts or "mohge")
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers would find what it has noted down about the backbone's class.
+        return True
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -593,10 +613,16 @@ def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTr
     forward.__signature__ = signature.replace(
         parameters=parameters, return_annotation=inspect.signature(generic.forward).return_annotation
     )
+    outputs = dict(source._can_record_outputs or {})
+    if generic is MoHGEModel:
+        theirs = outputs.get("router_logits", [])
+        theirs = theirs if isinstance(theirs, list) else [theirs]
+        outputs["router_logits"] = [*theirs, OutputRecorder(MoHGERouter, index=0)]
     return type(generic)(
         generic.__name__,
         (generic, source),
         {
+            "_can_record_outputs": outputs or None,
             "__module__": generic.__module__,
             # transformers keeps what it knows about a class by this name
             "__qualname__": f"{generic.__name__}[{source.__name__}]",
@@ -651,9 +677,14 @@ class MoHGEModel(MoHGEPreTrainedModel):
     """
 
     _backbone_classes = MODEL_MAPPING
+    _is_inside = False
+    """Whether it is part of a model with a head, which does what is to be done around a forward."""
 
-    def forward(self, **kwargs):
+    def forward(self, input_ids: torch.LongTensor | None = None, **kwargs):
         """Run the decoder. Arguments and output are those of the backbone's own model."""
+        kwargs["input_ids"] = input_ids
+        if self._is_inside:
+            return super().forward(**kwargs)
         return self._forward_backbone(kwargs, record=False)[0]
 
 
@@ -691,9 +722,19 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             return super().push_to_hub(repo_id, **kwargs)
         return push_model(self, repo_id, **kwargs)
 
+    def generate_batch(self, *args, **kwargs):
+        """See `ContinuousMixin.generate_batch`."""
+        if getattr(self.config, "kv_lora_rank", None) is not None:
+            raise ValueError(
+                "generate_batch does not work with multi-head latent attention: transformers' paged cache cannot hold "
+                "its latents. Use generate."
+            )
+        return super().generate_batch(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
+        input_ids: torch.LongTensor | None = None,
         *,
         output_router_logits: bool | None = None,
         sequence_weights: torch.Tensor | None = None,
@@ -724,9 +765,11 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
         >>> tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0])
         ```
         """
+        kwargs["input_ids"] = input_ids
         labels = kwargs.get("labels")
         if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
+            configs = self.config, self.config.backbone_config
+            output_router_logits = any(getattr(config, "output_router_logits", False) for config in configs)
         trained = self.training and (labels is not None or sequence_weights is not None)
         collect = output_router_logits or (trained and has_router_losses(self.config))
         if "output_router_logits" in inspect.signature(self._source.forward).parameters:

@@ -4,13 +4,13 @@ from importlib import import_module
 
 
 _MODULES = {
-    "MoHGETrainer": "trainer",
-    "PeerWatchdog": "watchdog",
-    "RouterLogCallback": "callbacks",
-    "RouterScheduleCallback": "callbacks",
-    "RouterStatistics": "metrics",
-    "RouterTraffic": "traffic",
-    "StopSignalCallback": "callbacks",
+    "MoHGETrainer": "loop.trainer",
+    "PeerWatchdog": "loop.watchdog",
+    "RouterLogCallback": "loop.callbacks",
+    "RouterScheduleCallback": "loop.callbacks",
+    "RouterStatistics": "loop.metrics",
+    "RouterTraffic": "loop.traffic",
+    "StopSignalCallback": "loop.callbacks",
 }
 
 

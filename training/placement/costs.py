@@ -12,7 +12,7 @@ import torch
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.backbones_mohge import feed_forwards
 
-from ..traffic import RouterTraffic
+from ..loop.traffic import RouterTraffic
 from .activations import expert_bytes, run_without_memory, sender_bytes
 from .allocations import ALLOCATIONS, Allocation
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mohge import MoHGEForCausalLM, record_routing
 
-from ..metrics import RouterStatistics, dense_parameters
+from ..loop.metrics import RouterStatistics, dense_parameters
 
 
 _POSITIONS = 512
@@ -52,7 +52,7 @@ def evaluate_routing(model: MoHGEForCausalLM, batches: Iterable[dict[str, torch.
         model ([`MoHGEForCausalLM`]): The model; it is put into evaluation mode.
         batches (`Iterable[dict[str, torch.Tensor]]`):
             Batches without padding: `input_ids` `[B, S]`, which may differ in shape from batch to batch, and, where
-            documents are packed, `position_ids` and `labels` as `mohge.training.data.collate_packed` makes them.
+            documents are packed, `position_ids` and `labels` as `collate_packed` makes them.
     """
     model.eval()
     config = model.config

@@ -12,11 +12,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 from mohge import MoHGEConfig
-from mohge.cli import load_config
+from mohge.model_cards.shipped import load_config
 
-from ..data import batches, packed_blocks, parse_sources
-from ..lora import known_patterns
-from ..traffic import RouterTraffic
+from ..data.packing import batches, packed_blocks, parse_sources
+from ..loop.traffic import RouterTraffic
+from ..tuning.lora import known_patterns
 from .measure import RoutingEvaluation, evaluate_routing
 
 

@@ -7,7 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mohge import MoHGEConfig
 
-from ..metrics import RouterStatistics
+from ..loop.metrics import RouterStatistics
 from .drawing import (
     LINES,
     Exhibit,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from ..metrics import RouterStatistics
+from ..loop.metrics import RouterStatistics
 from . import over_time, routing
 from .drawing import Exhibit, evenly
 from .layout import group_labels

@@ -11,8 +11,8 @@ from mohge import MoHGEConfig
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.info import ParameterCounts, parameter_counts
 
-from ..metrics import RouterStatistics
-from ..traffic import RouterTraffic
+from ..loop.metrics import RouterStatistics
+from ..loop.traffic import RouterTraffic
 from .drawing import evenly
 from .layout import group_labels
 from .measure import RoutingEvaluation

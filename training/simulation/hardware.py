@@ -154,6 +154,6 @@ _H100 = Hardware(
 # H200 data sheet: as H100, but HBM3e of 4.8 TB/s.
 _H200 = replace(_H100, name=_H100.name.replace("H100", "H200"), memory_bytes_per_second=0.8 * 4.8e12)
 HARDWARE = {"h100": _H100, "h200": _H200}
-"""Machines by name. A measured one is written by `python -m mohge.training.simulation.benchmark`."""
+"""Machines by name. A measured one is written by `python -m mohge.training.benchmarks.simulation`."""
 
 __all__ = ["HARDWARE", "Hardware"]

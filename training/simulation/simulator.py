@@ -13,9 +13,9 @@ import torch
 
 from mohge import MoHGEConfig
 
+from ..loop.traffic import RouterTraffic
 from ..placement.allocations import ALLOCATIONS, Allocation, fitting_devices
 from ..placement.costs import layer_loads
-from ..traffic import RouterTraffic
 from .hardware import Hardware
 
 

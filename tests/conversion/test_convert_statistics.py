@@ -1,0 +1,176 @@
+"""The mathematics of calibration, against brute force over the tokens."""
+
+import pytest
+import torch
+
+from mohge.conversion.decoders import Expert
+from mohge.conversion.modes.base import slice_neurons, widen
+from mohge.conversion.statistics import (
+    DenseStatistics,
+    ExpertStatistics,
+    cluster,
+    important_neurons,
+    linear_rows,
+    refit,
+    ridge,
+    square,
+)
+
+
+H, W = 7, 11
+
+
+def draw(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_refit_solves_the_ridge_regression():
+    """Augmented least squares: the ridge is a row for each kept neuron that asks for no change."""
+    down, tokens, kept = draw(H, W), draw(200, W, seed=1) @ draw(W, W, seed=2), torch.tensor([0, 2, 3, 7, 10])
+    columns, squares = refit(down, kept, tokens.T @ tokens)
+    target = (tokens @ down.T).double()
+    strength = torch.diag((0.01 * (tokens[:, kept] ** 2).sum(0)).sqrt())
+    design = torch.cat([tokens[:, kept], strength]).double()
+    asked = torch.cat([target, (strength @ down[:, kept].T).double()])
+    expected = torch.linalg.lstsq(design, asked).solution.T
+    torch.testing.assert_close(columns.double(), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(columns, down[:, kept], rtol=0.05)
+    errors = [target - tokens[:, kept].double() @ c.double().T for c in (down[:, kept], columns)]
+    brute = torch.stack([target.square().sum(), *(error.square().sum() for error in errors)])
+    torch.testing.assert_close(squares.double(), brute, rtol=1e-3, atol=0)
+    assert squares[2] < 0.95 * squares[1]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_refit_with_few_tokens_never_raises_the_error(tokens):
+    down, kept = draw(H, W), torch.arange(0, W, 2)
+    activations = draw(tokens, W, seed=3)
+    columns, (whole, without, refitted) = refit(down, kept, activations.T @ activations)
+    assert columns.isfinite().all()
+    assert refitted <= without
+    if tokens == 0:
+        assert torch.equal(columns, down[:, kept])
+        assert whole == without == 0
+    else:
+        assert 0 < refitted < without
+
+
+def test_refit_works_beside_a_neuron_of_massive_activation():
+    """As language models have at the first token."""
+    mixing = draw(W, W, seed=2)
+    tokens, kept = draw(640, W, seed=1) @ mixing, torch.arange(6)
+    calm = refit(draw(H, W), kept, tokens.T @ tokens)[1]
+    tokens[::64, 0] = 1e4
+    _, without, refitted = refit(draw(H, W), kept, tokens.T @ tokens)[1]
+    assert refitted / without < 1.2 * calm[2] / calm[1]
+
+
+def test_values_that_are_not_finite_are_named():
+    with pytest.raises(ValueError, match="not finite"):
+        ridge(torch.full((2, 2), float("nan")), torch.ones(2, 1))
+
+
+def test_ridge_solves():
+    tokens = draw(50, W)
+    gram, moments = tokens.T @ tokens, draw(W, 3, seed=1)
+    solution = ridge(gram, moments)
+    damped = gram + 0.01 * torch.diag(gram.diagonal())
+    torch.testing.assert_close(damped @ solution, moments, rtol=1e-3, atol=1e-3)
+
+
+def test_square_is_the_sum_over_tokens():
+    matrix, tokens = draw(H, W), draw(30, W, seed=1)
+    torch.testing.assert_close(square(matrix, tokens.T @ tokens).float(), (tokens @ matrix.T).square().sum())
+
+
+def test_important_neurons_weigh_activation_with_the_column():
+    down = torch.ones(2, 4) * torch.tensor([1.0, 4.0, 1.0, 3.0])
+    activation = torch.tensor([5.0, 1.0, 3.0, 2.0])  # importance 5, 4, 3, 6 times sqrt(2)
+    assert important_neurons(activation, down, 2).tolist() == [0, 3]
+    assert important_neurons(activation, down, 3).tolist() == [0, 1, 3]
+    assert important_neurons(torch.zeros(4), down, 2).tolist() == [1, 3]  # nothing was activated
+
+
+def test_expert_statistics_add_up_over_batches():
+    statistics = ExpertStatistics(2, W)
+    activations, weights = draw(40, W), draw(40, seed=1).abs()
+    outputs = draw(40, H, seed=2) * weights[:, None]
+    for part in (slice(0, 25), slice(25, 40)):
+        statistics.add(1, activations[part], outputs[part], weights[part])
+    assert statistics.tokens_E.tolist() == [0, 40]
+    torch.testing.assert_close(statistics.saliency_E[1], outputs.norm(dim=1).sum())
+    torch.testing.assert_close(statistics.activation_EW[1], activations.abs().sum(0))
+    expected = torch.einsum("t,ti,tj->ij", weights**2, activations, activations)
+    torch.testing.assert_close(statistics.gram_EWW[1], expected, rtol=1e-4, atol=1e-4)
+    assert not statistics.gram_EWW[0].any()
+
+
+def test_sample_is_spread_over_all_batches():
+    statistics = DenseStatistics(W, 20000, gram=False)
+    inputs = torch.arange(20000.0)[:, None].expand(-1, H)
+    for batch in inputs.split(700):
+        statistics(batch, draw(len(batch), W))
+    positions = statistics.sampled()
+    assert 4000 < len(positions) <= 8192
+    assert torch.equal(statistics.sample()[:, 0].long(), positions)
+    assert positions.diff().unique().numel() == 1
+    assert positions[-1] > 19990
+
+
+def test_clusters_find_the_blobs_and_keep_to_capacities():
+    centres = 10 * torch.eye(4)[:3]
+    points = (centres[torch.arange(60) % 3] + 0.1 * draw(60, 4))[torch.randperm(60, generator=torch.Generator())]
+    blobs = points.argmax(1)
+    found = cluster(points, [20, 20, 20], torch.Generator().manual_seed(0))
+    for blob in range(3):
+        assert found[blobs == blob].unique().numel() == 1
+    uneven = cluster(points, [5, 15, 40], torch.Generator().manual_seed(0))
+    assert uneven.bincount(minlength=3).tolist() == [5, 15, 40]
+
+
+def test_router_rows_predict_their_targets():
+    tokens = 400
+    inputs = draw(tokens, H)
+    truth = draw(3, H, seed=1)
+    targets = inputs @ truth.T + 5.0  # what all targets share must not matter
+    rows = linear_rows(inputs.T @ inputs, inputs.T @ targets, tokens)
+    logits = inputs @ rows.T
+    assert logits.var(unbiased=False).item() == pytest.approx(1, rel=0.3)
+    best = (targets - targets.mean(1, keepdim=True)).argmax(1)
+    assert (logits.argmax(1) == best).float().mean() > 0.95
+
+
+def test_router_rows_of_tokens_that_are_all_alike():
+    inputs = draw(1, H).expand(64, -1)
+    targets = torch.eye(2)[torch.arange(64) % 2]
+    rows = linear_rows(inputs.T @ inputs, inputs.T @ targets, 64)
+    assert rows.isfinite().all()
+    assert (inputs @ rows.T).abs().max() < 10
+
+
+def test_slices_take_the_same_neurons_of_all_matrices():
+    expert = Expert(draw(W, H), draw(W, H, seed=1), draw(H, W, seed=2))
+    index = torch.tensor([4, 0, 9])
+    x = draw(5, H, seed=3)
+    whole = torch.nn.functional.silu(x @ expert.gate.T) * (x @ expert.up.T)
+    part = slice_neurons(expert, index)
+    made = torch.nn.functional.silu(x @ part.gate.T) * (x @ part.up.T)
+    torch.testing.assert_close(made, whole[:, index])
+    assert torch.equal(part.down, expert.down[:, index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [True, False])
+def test_widened_neurons_are_idle(dtype, learns):
+    expert = Expert(*(m.to(dtype) for m in (draw(W, H), draw(W, H, seed=1), draw(H, W, seed=2))))
+    generator = torch.Generator().manual_seed(0) if learns else None
+    wide = widen(expert, 16, generator, 0.3)
+    assert [m.dtype for m in wide[:3]] == [dtype] * 3
+    assert torch.equal(wide.gate[:W], expert.gate)
+    assert torch.equal(wide.up[:W], expert.up)
+    assert torch.equal(wide.down[:, :W], expert.down)
+    assert wide.down.shape == (H, 16)
+    assert not wide.down[:, W:].any()
+    for drawn in (wide.gate[W:], wide.up[W:]):
+        assert drawn.any() == learns
+        assert not learns or 0.1 < drawn.float().std() < 0.6

@@ -1,0 +1,222 @@
+"""Conversions of briefly trained checkpoints, on which calibration means something."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mohge import record_routing
+from mohge.commands.main import main
+from mohge.conversion.comparison import LENGTH, MODES, compare, prepare_text, train_source
+
+
+CALIBRATION_TOKENS = 16384
+SPLIT = {"widths": [8, 16], "experts_per_group": 4, "top_k": 4}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return prepare_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def sources(text, tmp_path_factory):
+    """Folder of a trained Llama and a trained OLMoE."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("llama", "olmoe"):
+        assert train_source(name, text, folder / name) < 4.3  # log(512) = 6.2 before training
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(text, sources, tmp_path_factory):
+    """Folder, source and receipt of each inexact conversion."""
+    folder = tmp_path_factory.mktemp("converted")
+    made = {}
+    for mode, options in {**MODES, "split": SPLIT}.items():
+        source = sources / ("olmoe" if mode == "trim" else "llama")
+        arguments = ["convert", str(source), str(folder / mode), "--mode", mode, "--calibration-length", str(LENGTH)]
+        arguments += ["--calibration", str(text.folder / "calibration.txt")]
+        arguments += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
+        for name, value in options.items():
+            value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            arguments += ["--" + name.replace("_", "-"), value]
+        assert main(arguments) == 0
+        made[mode] = folder / mode, source, json.loads((folder / mode / "conversion_report.json").read_text())
+    return made
+
+
+@pytest.fixture(scope="module")
+def blocks(text):
+    """The calibration tokens, and the eighth that is held out, made anew."""
+    tokenizer = AutoTokenizer.from_pretrained(text.folder)
+    ids = tokenizer((text.folder / "calibration.txt").read_text(encoding="utf-8"))["input_ids"]
+    all_blocks = torch.tensor(ids[:CALIBRATION_TOKENS]).view(-1, LENGTH)
+    return all_blocks.split([7 * len(all_blocks) // 8, len(all_blocks) // 8])
+
+
+@torch.no_grad()
+def logits_of(folder, ids: torch.Tensor) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+
+
+@torch.no_grad()
+def seen_by_experts(model, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, ...]:
+    """Input, ids and combine weights of the experts of a layer of OLMoE."""
+    seen = []
+    hook = model.model.layers[layer].mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(ids)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("mode", ["trim", "copy", "split"])
+def test_refit_lowers_the_calibration_error(mode, converted):
+    report = converted[mode][2]
+    assert not report["exact"]
+    for layer in report["layers"]:
+        assert 0 < layer["calibration_error"] < 0.97 * layer["calibration_error_without_refit"] < 1
+
+
+@pytest.mark.parametrize("mode", ["trim", "copy", "residual", "split"])
+def test_receipt_is_what_the_loaded_models_show(mode, converted, blocks):
+    folder, source, report = converted[mode]
+    held_out = blocks[1]
+    before, after = logits_of(source, held_out), logits_of(folder, held_out)
+    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+    expected = {
+        "kl": F.kl_div(log_q, log_p, log_target=True, reduction="sum").item() / held_out.numel(),
+        "top1_agreement": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+        "relative_error_max": ((after - before).norm(dim=-1) / before.norm(dim=-1)).max().item(),
+    }
+    for name, logits in (("perplexity_before", before), ("perplexity_after", after)):
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), held_out[:, 1:].flatten())
+        expected[name] = math.exp(loss.item())
+    assert report["check"] == {"tokens": held_out.numel(), "text": "calibration"}
+    assert report["calibration"]["tokens"] == blocks[0].numel()
+    for name, value in expected.items():
+        assert report["logits"][name] == pytest.approx(value, rel=2e-3, abs=1e-6), name
+    assert report["logits"]["perplexity_before"] < 100  # the source has learned something
+
+
+@pytest.mark.parametrize("mode", ["trim", "split"])
+def test_perplexity_survives(mode, converted):
+    logits = converted[mode][2]["logits"]
+    assert logits["perplexity_after"] < 1.15 * logits["perplexity_before"]
+    assert logits["kl"] > 1e-4
+
+
+def test_salient_experts_get_the_large_widths(converted, blocks):
+    """REAP's saliency, computed here from the whole source at once."""
+    folder, source, _ = converted["trim"]
+    original = AutoModelForCausalLM.from_pretrained(source).eval()
+    result = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for layer in range(len(original.model.layers)):
+        hidden, index, weights = seen_by_experts(original, blocks[0], layer)
+        experts = original.model.layers[layer].mlp.experts
+        saliency = []
+        for expert in range(experts.num_experts):
+            token, position = (index == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, -1)
+            output = F.linear(F.silu(gate) * up, experts.down_proj[expert])
+            saliency.append((weights[token, position] * output.norm(dim=-1)).mean().item())
+        places = result.model.layers[layer].mlp.experts.expert_ids.argsort().tolist()
+        assert sorted(places) == list(range(experts.num_experts))
+        by_width = sorted(zip(result.config.expert_widths, places, strict=True))
+        grouped = [sorted(saliency[place] for _, place in by_width[i : i + 2]) for i in range(0, 8, 2)]
+        assert grouped == [sorted(saliency)[i : i + 2] for i in range(0, 8, 2)]
+
+
+def test_trimmed_experts_keep_their_important_neurons(converted, blocks):
+    folder, source, report = converted["trim"]
+    original = AutoModelForCausalLM.from_pretrained(source).eval()
+    result = AutoModelForCausalLM.from_pretrained(folder).eval()
+    hidden, index, weights = seen_by_experts(original, blocks[0], 0)
+    theirs, ours = original.model.layers[0].mlp, result.model.layers[0].mlp
+    whole = without = refitted = 0.0
+    for number, origin in enumerate(ours.experts.expert_ids.argsort().tolist()):
+        gate, up = theirs.experts.gate_up_proj[origin].chunk(2)
+        down = theirs.experts.down_proj[origin]
+        token, position = (index == origin).nonzero(as_tuple=True)
+        scale = weights[token, position, None]
+        activations = F.silu(hidden[token] @ gate.T) * (hidden[token] @ up.T)
+        group, slot = result.config.expert_groups[number], result.config.expert_slots[number]
+        new_gate, new_up = ours.experts.groups()[group][0][slot].chunk(2)
+        new_down = ours.experts.groups()[group][1][slot]
+        width = len(new_gate)
+        output = scale * (activations @ down.T)
+        whole += output.square().sum().item()
+        if width >= len(gate):
+            assert torch.equal(new_gate[: len(gate)], gate)
+            assert not new_down[:, len(gate) :].any()
+            continue
+        importance = activations.abs().mean(0) * down.norm(dim=0)
+        kept = importance.topk(width).indices.sort().values
+        assert torch.equal(new_gate, gate[kept])
+        assert torch.equal(new_up, up[kept])
+        without += (output - scale * (activations[:, kept] @ down[:, kept].T)).square().sum().item()
+        refitted += (output - scale * (activations[:, kept] @ new_down.T)).square().sum().item()
+    layer = report["layers"][0]
+    assert layer["calibration_error_without_refit"] == pytest.approx(math.sqrt(without / whole), rel=1e-3)
+    assert layer["calibration_error"] == pytest.approx(math.sqrt(refitted / whole), rel=1e-3)
+
+
+def test_split_keeps_every_neuron_and_the_busiest_in_the_shared_expert(converted, blocks):
+    folder, source, report = converted["split"]
+    original = AutoModelForCausalLM.from_pretrained(source).eval()
+    result = AutoModelForCausalLM.from_pretrained(folder).eval()
+    theirs, ours = original.model.layers[1].mlp, result.model.layers[1].mlp
+    rows = [ours.shared_expert.gate_proj.weight]
+    for group, slot in zip(result.config.expert_groups, result.config.expert_slots, strict=True):
+        rows.append(ours.experts.groups()[group][0][slot].chunk(2)[0])
+    places = [(theirs.gate_proj.weight == row).all(1).nonzero().item() for row in torch.cat(rows)]
+    assert sorted(places) == list(range(original.config.intermediate_size))
+    shared = places[: len(rows[0])]
+
+    seen = []
+    theirs.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        original(blocks[0])
+    effect = seen[0].abs() * theirs.down_proj.weight.norm(dim=0)
+    rate = torch.zeros_like(effect).scatter_(1, effect.topk(16, dim=1).indices, 1.0).mean(0)
+    busiest = rate.topk(len(shared)).indices
+    assert len(set(shared) & set(busiest.tolist())) >= 0.95 * len(shared)  # ties may fall otherwise
+    before, after = (report["parameters"][when] for when in ("before", "after"))
+    router = 2 * result.config.num_experts * result.config.hidden_size
+    assert after["total"] == before["total"] + router
+    assert after["activated"] < before["activated"]
+
+
+@pytest.mark.parametrize("mode", ["copy", "residual"])
+@torch.no_grad()
+def test_hard_tokens_start_at_wider_groups(mode, converted, text):
+    """On text that calibration did not see."""
+    folder, source, _ = converted[mode]
+    ids = torch.tensor(text.held_out["input_ids"][:64])
+    logits = logits_of(source, ids)[:, :-1].flatten(0, 1)
+    loss = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+    easy, hard = loss <= loss.quantile(0.25), loss >= loss.quantile(0.75)
+    result = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with record_routing() as routing:
+        result(ids)
+    widths = torch.tensor(result.config.expert_widths, dtype=torch.float32)
+    gains = []
+    for index in (layer.index for layer in routing):
+        width = widths[index].mean(-1).view(ids.shape)[:, :-1].flatten()
+        gains.append((width[hard].mean() / width[easy].mean()).item())
+        assert index.flatten().bincount(minlength=len(widths)).min() > 0  # no expert starts dead
+    assert min(gains) > 1
+    assert max(gains) > 1.03
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fine_tuning_beats_training_from_scratch(mode, text, sources, tmp_path):
+    source = sources / ("olmoe" if mode == "trim" else "llama")
+    losses = compare(mode, source, tmp_path / mode, text, range(1))
+    (ours,), (scratch,) = losses["from_conversion"], losses["from_scratch"]
+    assert ours < scratch - 0.1
+    assert ours < losses["converted"]
+    assert scratch < 5  # from scratch something is learned, too

@@ -1,0 +1,1 @@
+"""The `mohge` command: one file for each of its commands, imported when it runs."""

@@ -1,0 +1,251 @@
+"""`mohge demo`: a small model from text to a page of results, with nothing but the package and two CPU cores."""
+
+import argparse
+import itertools
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    Qwen3Config,
+    TrainingArguments,
+    set_seed,
+)
+
+from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.model_cards.reload import CACHE_TOLERANCE, cache_error
+from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
+from mohge.training.data.packing import TextSource, batches, collate_packed, packed_blocks
+from mohge.training.loop.trainer import MoHGETrainer
+from mohge.training.report import evaluate_routing, format_router_table
+from mohge.training.report.page import Report, render, write_page
+
+
+BLOCK = 256
+"""Tokens of a training sequence."""
+BATCH = 8
+"""Sequences of a training step."""
+VOCABULARY = 4096
+PROMPT = "def read_file(path):\n"
+
+# Each paper's losses. Coefficients of the two-level router are larger than the paper's 1e-5 and 5e-3, which are for
+# hundreds of thousands of steps.
+ROUTER_LOSSES = {
+    "two_level": {"router_group_aux_loss_coef": 1e-2, "router_expert_aux_loss_coef": 2e-2, "router_z_loss_coef": 1e-3},
+    "top_k": {"router_parameter_penalty_coef": 1e-2, "router_expert_aux_loss_coef": 0.0},
+    "top_p": {
+        "router_parameter_penalty_coef": 1e-2,
+        "router_entropy_coef": 3e-2,
+        "router_expert_aux_loss_coef": 0.0,
+    },
+    "grouped_top_k": {
+        "router_intra_group_coef": 0.1,
+        "router_inter_group_coef": 0.05,
+        "router_aux_loss_coef": 0.01,
+        "router_z_loss_coef": 1e-3,
+        "router_expert_aux_loss_coef": 0.0,
+        "router_logit_ema_strength": 0.01,
+    },
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "--router",
+        choices=["two_level", "top_k", "top_p", "grouped_top_k"],
+        default="two_level",
+        help="routing system: MoHGE, HMoE top-k, HMoE top-p or Hi-MoE (default: %(default)s)",
+    )
+    parser.add_argument("--output", help="folder to create for model, plots and page (default: mohge-demo-ROUTER)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command with parsed arguments."""
+    return run_demo(options.router, options.output, options.steps, options.seed)
+
+
+def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int = 0) -> int:
+    """
+    Train, evaluate, save, reload and sample a small model on the Python standard library's own text.
+
+    Args:
+        router (`str`): A `router_type` of [`MoHGEConfig`].
+        output (`str`, *optional*): Folder to create; by default `mohge-demo-{router}`, numbered if that exists.
+        steps (`int`, *optional*, defaults to 300): Optimizer steps of 2048 tokens.
+        seed (`int`, *optional*, defaults to 0): Seed of weights and data order.
+
+    Returns:
+        `int`: 0, or 1 if the reloaded model differs, its cache changes what it computes, or training did not lower the
+        perplexity.
+
+    Raises:
+        ValueError: if `steps` is not positive.
+        OSError: if `output` exists, or Python's sources cannot be found.
+    """
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}: it must be at least 1")
+    target = _free_path(output, f"mohge-demo-{router}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mohge-demo-", dir=target.parent) as temporary:
+        folder = Path(temporary) / "demo"
+        checks_passed = _run(router, folder, steps, seed)
+        folder.rename(target)  # only now, so that an interrupted run leaves nothing
+    print(f"page: {target / 'report.html'}")
+    return 0 if checks_passed else 1
+
+
+def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
+    started = time.perf_counter()
+    set_seed(seed)
+
+    training_files, held_out_files = standard_library_texts()
+    print(f"text: {len(training_files)} files to train on, {len(held_out_files)} held out", flush=True)
+    tokenizer = train_tokenizer(training_files, VOCABULARY)
+    training_set, held_out_set = (
+        packed_blocks([TextSource(STANDARD_LIBRARY, split=split)], tokenizer, BLOCK)
+        for split in ("train", "validation")
+    )
+    print(f"tokens: {len(training_set) * BLOCK:,} to train on, {len(held_out_set) * BLOCK:,} held out")
+
+    model = MoHGEForCausalLM(_config(router, tokenizer))
+    trainer = _trainer(model, training_set, held_out_set, folder, steps, seed)
+    before = _perplexity(trainer)
+    trainer.train()
+    after = _perplexity(trainer)
+    print(f"held-out perplexity: {before:,.1f} before training, {after:,.2f} after")
+    if not after < before:
+        print("CHECK FAILED: training did not lower the perplexity")
+
+    trainer.save_model(folder)
+    trainer.save_state()  # which `mohge report` reads
+    tokenizer.save_pretrained(folder)
+    model.eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for parameter in reloaded.parameters():
+        # Weights mapped from a file are aligned differently in memory, and matrix kernels then round differently.
+        parameter.data = parameter.data.clone()
+    sample = torch.tensor(held_out_set[:2]["input_ids"])
+    with torch.no_grad():
+        identical = torch.equal(model(sample).logits, reloaded(sample).logits)
+    print(f"saved and reloaded: logits {'identical' if identical else 'DIFFER (CHECK FAILED)'}")
+    error = cache_error(reloaded, sample[:, :64])
+    cache_works = error <= CACHE_TOLERANCE
+    print(f"generated with a cache: logits differ by {error:.1g}{'' if cache_works else ' (CHECK FAILED)'}")
+
+    text = _continue(reloaded, AutoTokenizer.from_pretrained(folder))
+    print(f"\n{text}\n")
+    evaluated = held_out_set.select(range(min(32, len(held_out_set))))
+    routing = evaluate_routing(reloaded, batches(evaluated, BATCH))
+    print(format_router_table(routing.statistics))
+    activated, total = routing.statistics.activated_parameters(), model.num_parameters()
+    print(f"activated parameters per token: {activated:,.0f} of {total:,}")
+    report = Report(
+        f"mohge demo, {router}",
+        model.config,
+        trainer.state.log_history,
+        evaluation=routing,
+        tokenizer=tokenizer,
+        text=f"Python's standard library, {len(routing.token_ids):,} held-out tokens",
+        facts={
+            "held-out perplexity": f"{before:,.1f} before training, {after:,.2f} after",
+            "logits after reload": "identical" if identical else "different",
+        },
+        sample=text,
+    )
+    write_page(render(report), folder / "report.html")
+    print(f"done in {time.perf_counter() - started:.0f} s")
+    return identical and cache_works and after < before
+
+
+def _free_path(output: str | None, default: str) -> Path:
+    if output is not None:
+        if Path(output).exists():
+            raise FileExistsError(f"--output {output} exists: name another folder, or remove it first")
+        return Path(output)
+    numbered = (Path(f"{default}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([Path(default)], numbered) if not path.exists())
+
+
+def _perplexity(trainer: MoHGETrainer) -> float:
+    loss = trainer.evaluate()["eval_loss"]
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _config(router: str, tokenizer: PreTrainedTokenizerFast) -> MoHGEConfig:
+    backbone = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=32,
+        max_position_embeddings=BLOCK,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return MoHGEConfig(
+        backbone_config=backbone,
+        moe_intermediate_sizes=[64, 128, 192, 256],
+        num_experts_per_group=4,
+        num_experts_per_tok=4,
+        shared_expert_intermediate_size=128,
+        router_type=router,
+        **ROUTER_LOSSES[router],
+    )
+
+
+class _QuietProgressCallback(ProgressCallback):
+    """Trainer's progress bar with the loss behind it, instead of a line for every logged dictionary."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "lm_loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{logs['lm_loss']:.3f}", max_vio=f"{logs['router/max_vio']:.2f}")
+
+
+def _trainer(
+    model: MoHGEForCausalLM, training_set: Dataset, held_out_set: Dataset, folder: Path, steps: int, seed: int
+) -> MoHGETrainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(30, steps // 4),
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        logging_steps=max(1, steps // 50),
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        use_cpu=True,
+        prediction_loss_only=True,
+    )
+    trainer = MoHGETrainer(
+        model=model,
+        args=arguments,
+        train_dataset=training_set,
+        eval_dataset=held_out_set,
+        data_collator=collate_packed,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_QuietProgressCallback())
+    return trainer
+
+
+def _continue(model: MoHGEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)

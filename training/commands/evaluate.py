@@ -1,0 +1,247 @@
+"""The command `mohge eval`: perplexity of text, tasks of lm-evaluation-harness, and what the router did."""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:  # seconds to import, which `mohge --help` should not wait
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from mohge import MoHGEForCausalLM
+    from mohge.training.data.packing import TextSource
+    from mohge.training.loop.metrics import RouterStatistics
+
+
+EVALUATION_NAME = "evaluation.json"
+"""File of a model's folder that holds its results."""
+_PIECE = 64
+"""Batches whose routing is held token by token at the same time."""
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the arguments of the command."""
+    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
+    parser.add_argument(
+        "--datasets",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="text to measure the perplexity of: Hub ids, folders, files (txt, jsonl, json, csv, parquet), "
+        "standard-library, or mappings such as '{path: org/name, split: validation}'",
+    )
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness")
+    parser.add_argument("--include-path", metavar="FOLDER", help="folder of more tasks, as YAML")
+    parser.add_argument("--num-fewshot", type=int, help="examples in the context of a task (default: the task's)")
+    parser.add_argument("--limit", type=int, help="first examples of each task (default: all)")
+    parser.add_argument("--tokens", type=int, help="first tokens of each text, in whole sequences (default: all)")
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        help="tokens of a sequence, beyond which nothing is seen (default: 1024, or the model's context if shorter)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a batch (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights (default: as they were saved)",
+    )
+    parser.add_argument("--device", help="where to compute (default: the accelerator, or cpu)")
+    parser.add_argument(
+        "--output", metavar="FILE", help=f"JSON file to add the results to (default: {EVALUATION_NAME} in MODEL)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Run the command with parsed arguments.
+
+    Returns:
+        `int`: 0, or 1 if a perplexity is not finite.
+
+    Raises:
+        ValueError: for bad usage or input; nothing is written then.
+        OSError: if there is no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mohge.conversion.staging import write_file
+    from mohge.model_cards.shipped import load_config, shipped_file
+    from mohge.training.data.packing import absolute, check_sequence_length, parse_sources
+    from mohge.training.report.measure import format_router_table
+    from mohge.training.tuning.lora import known_patterns
+
+    if not options.datasets and not options.tasks:
+        raise ValueError("--datasets and --tasks are missing: name text or tasks to evaluate on")
+    for name in ("num_fewshot", "limit", "tokens", "sequence_length", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < (0 if name == "num_fewshot" else 1):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: give a positive number")
+    sources = parse_sources(options.datasets, "--datasets")
+    if shipped_file(options.model, "config.json") and not Path(options.model).exists():
+        raise ValueError(f"{options.model} is a recipe without weights: train it first (mohge train {options.model})")
+    config = load_config(options.model)
+    file = _output_file(options)
+    results = _read_results(file)
+    length = check_sequence_length(options.sequence_length, config)
+    device = options.device or torch.accelerator.current_accelerator() or "cpu"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{options.model} has no tokenizer: save one beside the model ({error})") from error
+    with known_patterns():  # of adapters
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
+    try:
+        model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {device}: {error}") from error
+
+    new, statistics = [], None
+    for task, metrics in _evaluate_tasks(model, tokenizer, options).items():
+        settings = {"num_fewshot": options.num_fewshot, "limit": options.limit}
+        new.append({"task": task, "settings": settings, "metrics": metrics})
+        print(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    for source in sources:
+        batches = _batches(source, tokenizer, length, options)
+        metrics, statistics = evaluate_text(model, batches, statistics)
+        if not metrics["tokens"]:
+            raise ValueError(f"{source.path} has no two tokens in a row: give a longer text")
+        named = {name: getattr(source, name) for name in ("name", "split", "revision")}
+        settings = {"sequence_length": length, "first_tokens": options.tokens}
+        new.append({"dataset": {"path": absolute(source.path), **named}, "settings": settings, "metrics": metrics})
+        print(
+            f"{source.path}: perplexity {metrics['perplexity']:.4g}, loss {metrics['loss']:.4f} nats per token, "
+            f"{metrics['tokens']:,} tokens"
+        )
+        if not math.isfinite(metrics["perplexity"]):
+            print("CHECK FAILED: the perplexity is not finite, nothing is written")
+            return 1
+    if statistics is not None:
+        results["router"] = {"summary": statistics.summary(), "table": statistics.table()}
+        print(f"\n{format_router_table(statistics)}")
+        print(
+            f"activated parameters per token: {statistics.activated_parameters():,.0f} of {model.num_parameters():,}"
+        )
+    kept = [old for old in results["results"] if not any(_same_subject(old, result) for result in new)]
+    results["results"] = kept + new
+    if file is not None:
+        write_file(file, json.dumps(results, indent=2) + "\n")
+        print(f"written: {file}")
+    return 0
+
+
+def _output_file(options: argparse.Namespace) -> Path | None:
+    if options.output is None:
+        folder = Path(options.model)
+        return folder / EVALUATION_NAME if folder.is_dir() else None
+    file = Path(options.output)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"--output {file}: there is no folder {file.parent}, create it first")
+    return file
+
+
+def _read_results(file: Path | None) -> dict[str, Any]:
+    """What earlier evaluations found."""
+    if file is None or not file.exists():
+        return {"results": []}
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        results["results"] = [result for result in results["results"] if result["metrics"].items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no results of `mohge eval`: name another file with --output") from error
+    return results
+
+
+def _same_subject(one: dict, other: dict) -> bool:
+    """Whether they are of the same data under the same conditions."""
+    return all(one.get(name) == other.get(name) for name in ("task", "dataset", "settings"))
+
+
+def _batches(
+    source: "TextSource", tokenizer: "PreTrainedTokenizerBase", length: int, options: argparse.Namespace
+) -> Iterator[dict[str, "torch.Tensor"]]:
+    from mohge.training.data.packing import batches, packed_blocks
+
+    blocks = packed_blocks([source], tokenizer, length, streaming=options.tokens is not None, drop_last=False)
+    sequences = None if options.tokens is None else max(1, options.tokens // length)
+    return batches(itertools.islice(blocks, sequences), options.batch_size)
+
+
+def evaluate_text(
+    model: "MoHGEForCausalLM",
+    batches: Iterable[dict[str, "torch.Tensor"]],
+    statistics: "RouterStatistics | None" = None,
+) -> tuple[dict[str, float], "RouterStatistics"]:
+    """
+    Loss and perplexity of text, and what the router did with it.
+
+    Args:
+        model ([`MoHGEForCausalLM`]): The model.
+        batches (`Iterable[dict[str, torch.Tensor]]`): Batches of [`mohge.training.data.packing.collate_packed`].
+        statistics ([`RouterStatistics`], *optional*): Statistics to add to.
+
+    Returns:
+        `tuple[dict, RouterStatistics]`: `loss`, in nats per predicted token, `perplexity`, its exponential, and
+        `tokens`, the number of predictions; and the statistics.
+    """
+    import torch
+
+    from mohge.training.report.measure import evaluate_routing
+
+    loss, predictions, tokens = 0.0, 0, 0
+    batches = iter(batches)
+    while piece := list(itertools.islice(batches, _PIECE)):
+        evaluation = evaluate_routing(model, piece)
+        loss += evaluation.token_loss.nansum(dtype=torch.float64).item()
+        predictions += int(evaluation.token_loss.isfinite().sum())
+        tokens += sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in piece)
+        if statistics is None:
+            statistics = evaluation.statistics
+        else:
+            statistics.add(evaluation.statistics.counts, evaluation.statistics.tokens)
+    loss = loss / max(tokens, 1) if predictions == tokens else math.nan
+    return {"perplexity": math.exp(min(loss, 700)), "loss": loss, "tokens": tokens}, statistics
+
+
+def _evaluate_tasks(
+    model: "MoHGEForCausalLM", tokenizer: "PreTrainedTokenizerBase", options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Metrics of each task, by its name."""
+    if not options.tasks:
+        return {}
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'mohge[evaluation]'") from error
+    try:
+        evaluated = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
+            tasks=options.tasks,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            task_manager=TaskManager(include_path=options.include_path),
+            log_samples=False,
+        )
+    except KeyError as error:
+        raise ValueError(f"--tasks: {error.args[0]}: `lm-eval ls tasks` lists what there is") from error
+    return {
+        # Standard errors can be text or not a number, which JSON does not have.
+        task: {
+            name: float(value)
+            for name, value in metrics.items()
+            if name != "sample_len" and isinstance(value, int | float) and math.isfinite(value)
+        }
+        for task, metrics in evaluated["results"].items()
+    }
+
+
+__all__ = ["evaluate_text"]

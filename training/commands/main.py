@@ -1,0 +1,73 @@
+"""The `mohge` command. Exit status: 0, 1 when a check failed, 2 for bad usage or input."""
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+
+COMMANDS = {
+    "info": "print the group table, total and activated parameters",
+    "convert": "turn a dense or homogeneous checkpoint into expert groups, or back",
+    "place": "where experts go on several devices, what it costs, and how to launch it",
+    "simulate": "balance and step time of expert allocations on many devices",
+    "evaluate": "perplexity of text, benchmark tasks, and what the router does",
+    "report": "one page about a training run or a model",
+    "train": "pretrain or go on training, from a recipe",
+    "finetune": "fine-tune all weights or adapters, merge adapters, quantise experts",
+    "push": "check a model and upload it to the Hub with a card",
+    "demo": "train, save, reload and sample a small model on real text",
+}
+"""Each module beside this one, with `add_arguments` and `run`; under its name unless `_NAMES` has another."""
+_NAMES = {"evaluate": "eval"}
+_LEFT_BEHIND = {
+    "convert": "the same command goes on from here",
+    "train": "the same command goes on from the last checkpoint",
+    "finetune": "the same command goes on from the last checkpoint",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command with `arguments` (by default those of the process) and return its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="mohge", description="Heterogeneous mixture-of-experts language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module_name, text in COMMANDS.items():
+        name = _NAMES.get(module_name, module_name)
+        if arguments[:1] != [name]:  # only what runs is imported
+            commands.add_parser(name, help=text)
+            continue
+        module = import_module(f".{module_name}", __package__)
+        # Those without `add_arguments` parse what follows themselves, with the flags of `TrainingArguments`.
+        own = not hasattr(module, "add_arguments")
+        command = commands.add_parser(name, help=text, add_help=not own)
+        command.set_defaults(run=module.run)
+        if own:
+            command.set_defaults(arguments=arguments[1:])
+            arguments = arguments[:1]
+        else:
+            module.add_arguments(command)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        left = _LEFT_BEHIND.get(options.command, "nothing was written")
+        print(f"\nmohge {options.command}: interrupted, {left}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one on each machine
+            print(f"mohge {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether this is a mistake of usage or input, which its message explains."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""Training commands: arguments from a recipe and the command line, and runs that can be stopped and go on."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import CONFIG_NAME, logging
+
+from mohge.conversion.staging import write_file
+from mohge.model_cards.shipped import shipped_file
+from mohge.training.data.packing import TextSource, absolute, parse_sources
+from mohge.training.loop.callbacks import StopSignalCallback
+from mohge.training.loop.trainer import MoHGETrainer
+
+
+logger = logging.get_logger(__name__)
+
+RECIPE_NAME = "recipe.yaml"
+"""File of a run's folder that holds its arguments, those that differ from their defaults."""
+
+_NOT_RECORDED = {"resume_from_checkpoint", "hub_token"}
+_PATHS = {"model", "tokenizer", "datasets", "eval_datasets", "chat_template"}
+_MAY_DIFFER = {
+    *("output_dir", "report_to", "run_name", "project", "trackio_space_id"),
+    *("disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "num_proc"),
+}
+"""Arguments of which a run that goes on may have others: what it computes does not depend on them."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse_recipe(
+    prog: str, description: str, dataclass_types: Iterable[type], arguments: list[str]
+) -> tuple[list[Any], dict[str, Any]]:
+    """
+    Parse `[RECIPE] [--flag value ...]`. Flags go before the recipe's values.
+
+    Args:
+        prog (`str`): The command.
+        description (`str`): What it does, for `--help`.
+        dataclass_types (`Iterable[type]`): Dataclasses of the arguments, in the form of `HfArgumentParser`.
+        arguments (`list[str]`): The command line.
+
+    Returns:
+        `tuple[list, dict]`: An instance of each dataclass, and the values that differ from their defaults.
+
+    Raises:
+        ValueError: if there is no such recipe, or a name or a value is wrong.
+    """
+    parser = _Parser(
+        dataclass_types,
+        prog=prog,
+        usage="%(prog)s [RECIPE] [--flag value ...]",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    if not torch.accelerator.is_available():
+        parser.set_defaults(use_cpu=True)
+        # Or else accelerate takes each process of a CPU run for the only one.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "1")
+    parser.add_argument(
+        "recipe", nargs="?", help="YAML file, or name of a shipped recipe, with values of the flags below"
+    )
+    recipe = parser.parse_args(arguments).recipe
+    values = parser.parse_args([] if recipe is None else _as_arguments(recipe))
+    values = vars(parser.parse_args(arguments, values))
+    del values["recipe"]
+    defaults = vars(parser.parse_args([]))
+    given = {name: value for name, value in values.items() if value != defaults[name]}
+    for name, value in given.items():
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(f"`{name}` is {value}, which is no mapping ({error}): mend it") from error
+    parsed = list(parser.parse_dict(values))
+    for training in (part for part in parsed if isinstance(part, TrainingArguments)):
+        _check_schedule(training)
+    return parsed, given
+
+
+def _check_schedule(training: TrainingArguments):
+    """Try the learning-rate schedule out, which `Trainer` does after everything else."""
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    if training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        return  # which need more than a number of steps
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=max(training.max_steps, 1),
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lr_scheduler_kwargs` is {training.lr_scheduler_kwargs}, which does not fit `lr_scheduler_type` "
+            f"{training.lr_scheduler_type.value}: {error}"
+        ) from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Within this context, what a `Trainer` misses (a reporter, a device, a library) is a ValueError."""
+    try:
+        yield
+    except (ImportError, RuntimeError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _as_arguments(recipe: str) -> list[str]:
+    path = Path(recipe) if Path(recipe).exists() else shipped_file(recipe, RECIPE_NAME)
+    if path is None:
+        raise ValueError(f"{recipe} is neither a file nor a shipped recipe: give a YAML file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{recipe} cannot be read as a YAML recipe ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{recipe} is no recipe: write one `name: value` per line")
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(_as_text, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={_as_text(value)}")
+    return arguments
+
+
+def _as_text(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)  # a date, say
+
+
+def held_out_sources(entries: list[str] | None, training: TrainingArguments) -> list[TextSource]:
+    """The sources of `eval_datasets`, or none, with a warning, if nothing evaluates on them."""
+    sources = parse_sources(entries or [], "eval_datasets")
+    if sources and training.eval_strategy == "no":
+        logger.warning("`eval_datasets` is not used: `eval_strategy` is no")
+        return []
+    return sources
+
+
+def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
+    """
+    Look at `output_dir`, before anything else is done, and write nothing.
+
+    A run that was cut off goes on from its last checkpoint when the same command is given again, with the same values.
+    `resume_from_checkpoint` goes on from any checkpoint, whatever the values.
+
+    Args:
+        training (`TrainingArguments`): Where to save, and what to resume from.
+        given (`dict`): Arguments that differ from their defaults, of [`parse_recipe`].
+
+    Returns:
+        `str`, *optional*: The checkpoint to go on from.
+
+    Raises:
+        ValueError: if the folder holds a model or a run with other arguments, or there is no such checkpoint.
+    """
+    folder = Path(training.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint, asked = last, training.resume_from_checkpoint
+    if asked is not None and str(asked).lower() != "false":
+        checkpoint = last if str(asked).lower() == "true" else str(asked)
+        if checkpoint is None or not Path(checkpoint).is_dir():
+            raise ValueError(
+                f"`resume_from_checkpoint` is {asked}, and there is no checkpoint: give the folder of one, or leave "
+                "it out"
+            )
+    elif (folder / TRAINER_STATE_NAME).exists() or (
+        (folder / CONFIG_NAME).exists() and not (folder / RECIPE_NAME).exists()
+    ):
+        raise ValueError(
+            f"`output_dir` {folder} holds a model already: name another folder, or go on from one of its checkpoints "
+            "with `resume_from_checkpoint`"
+        )
+    elif last is not None:
+        _check_same_run(folder, given)
+    return checkpoint
+
+
+def is_finished(training: TrainingArguments, given: dict[str, Any]) -> bool:
+    """
+    Whether `output_dir` holds this run, finished.
+
+    Raises:
+        ValueError: if it holds a finished run with other arguments.
+    """
+    folder = Path(training.output_dir)
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return False
+    _check_same_run(folder, given)
+    return True
+
+
+def _check_same_run(folder: Path, given: dict[str, Any]):
+    if not (folder / RECIPE_NAME).exists():
+        return
+    try:
+        before = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / RECIPE_NAME} cannot be read ({error}): name another `output_dir`") from error
+    now = _plain(given)
+    for name in sorted(before.keys() | now.keys()):
+        if name not in _MAY_DIFFER and before.get(name) != now.get(name):
+            raise ValueError(
+                f"`output_dir` {folder} holds a run with `{name}` {before.get(name, 'by default')}, and here it is "
+                f"{now.get(name, 'by default')}: give the same to go on, name another folder, or go on with other "
+                "values with `resume_from_checkpoint`"
+            )
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """As YAML has it: with mappings that a command line gives as text, and paths that hold wherever it is read."""
+
+    def plain(value):
+        if isinstance(value, list):
+            return [plain(entry) for entry in value]
+        return yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+
+    def placed(value):
+        if isinstance(value, list):
+            return [placed(entry) for entry in value]
+        return {**value, "path": absolute(value["path"])} if isinstance(value, dict) else absolute(value)
+
+    kept = {name: plain(value) for name, value in given.items() if name not in _NOT_RECORDED}
+    kept |= {name: placed(kept[name]) for name in _PATHS & kept.keys()}
+    return json.loads(json.dumps(kept, default=str))  # enumerations become their text
+
+
+def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str | None) -> bool:
+    """
+    Train, and save the model, the trainer's `processing_class` and at last the record of the run in `output_dir`.
+
+    Args:
+        trainer ([`MoHGETrainer`]): The trainer.
+        given (`dict`): Arguments that differ from their defaults, for `recipe.yaml`.
+        checkpoint (`str`, *optional*): Checkpoint to go on from, of [`open_run`].
+
+    Returns:
+        `bool`: Whether the run is complete; it is not if a signal to stop came, and can then go on.
+    """
+    if trainer.args.should_save:
+        text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
+        write_file(Path(trainer.args.output_dir) / RECIPE_NAME, text)
+    if not trainer.load_finished(checkpoint):
+        stop = StopSignalCallback()
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.stopped:
+            return False
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.wait_for_everyone()
+    return True

@@ -1,0 +1,58 @@
+"""The command `mohge report`: one page about a training run or a model."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "source", metavar="RUN_OR_MODEL", help="folder of a run (also one that is going on) or a model, or a Hub id"
+    )
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="text to measure routing on: a file (.txt, .jsonl, .json, .csv, .parquet), a folder, a data set's Hub "
+        "id, or '{path: ..., split: ...}'",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=65536, metavar="N", help="tokens of the text at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE.html",
+        help="page to write (default: report.html in the folder, or here if the model is on the Hub)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """
+    Run the command with parsed arguments.
+
+    Raises:
+        ValueError: for bad usage or input.
+        OSError: if a file cannot be read or written.
+    """
+    if options.tokens < 2:
+        raise ValueError(f"--tokens is {options.tokens}: it must be at least 2, a token and one to predict")
+    folder = Path(options.source)
+    path = Path(options.output or (folder if folder.is_dir() else Path()) / "report.html")
+    # What draws and reads takes seconds to import, which other commands should not wait.
+    from mohge.training.report.page import Report, is_page, render, write_page
+    from mohge.training.report.record import measure_text, read_record
+
+    if path.exists() and not is_page(path):
+        raise FileExistsError(f"--output {path} exists and is no page of mohge report: name another file")
+    record = read_record(options.source)
+    report = Report(options.source, record.config, record.history, record.traffic)
+    if options.text is not None:
+        report.evaluation, report.tokenizer = measure_text(record, options.text, options.tokens)
+        tokens = len(report.evaluation.token_ids)
+        cut = "first " if tokens == options.tokens else ""
+        report.text = f"{options.text}, {cut}{tokens:,} tokens"
+    write_page(render(report), path)
+    print(f"page: {path}")
+    return 0
+
+
+__all__ = ["add_arguments", "run"]

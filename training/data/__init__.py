@@ -1,0 +1,1 @@
+"""Text for training: the corpus at hand, packing, conversations."""

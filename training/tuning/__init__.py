@@ -1,0 +1,1 @@
+"""Fine-tuning: adapters, merging them, experts in few bits, TRL's trainer."""
