@@ -363,6 +363,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     _generic: type | None = None
     _source: type | None = None
     """The class here and the backbone's class that this class is made of; None for the classes here themselves."""
+    _adds_router_loss = False
+    """Whether the backbone's own forward may add a router loss, and takes the argument that says so."""
     _sparse_paths: tuple[str, ...] = ()
     """Names of the feed-forwards that have our experts; none yet while the backbone's own `__init__` runs."""
 
@@ -630,6 +632,7 @@ def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTr
             "forward": forward,
             "_generic": generic,
             "_source": source,
+            "_adds_router_loss": "output_router_logits" in signature.parameters,
         },
     )
 
@@ -772,7 +775,7 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             output_router_logits = any(getattr(config, "output_router_logits", False) for config in configs)
         trained = self.training and (labels is not None or sequence_weights is not None)
         collect = output_router_logits or (trained and has_router_losses(self.config))
-        if "output_router_logits" in inspect.signature(self._source.forward).parameters:
+        if self._adds_router_loss:
             kwargs["output_router_logits"] = False  # with which a mixture adds a router loss of its own
 
         outputs, routing = self._forward_backbone(kwargs, record=collect)
