@@ -1,24 +1,41 @@
 """mohge: heterogeneous mixture-of-experts language models for Hugging Face Transformers.
 
-Importing this package registers `model_type="mohge"` with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Importing this package registers `model_type="mohge"` with the Auto classes of transformers.
 """
 
 # First: it says in one line what the imports below cannot, where transformers is too old for them.
 from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
 from . import quiet  # isort: skip # noqa: F401
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
+from . import modeling_mohge
 from .configuration_mohge import MoHGEConfig
-from .modeling_mohge import MoHGEForCausalLM, MoHGEModel, MoHGEPreTrainedModel, record_routing
+from .modeling_mohge import (
+    AUTO_MAP,
+    MoHGEForCausalLM,
+    MoHGEForSequenceClassification,
+    MoHGEForTokenClassification,
+    MoHGEModel,
+    MoHGEPreTrainedModel,
+    record_routing,
+)
 
 
-AutoConfig.register("mohge", MoHGEConfig)
-AutoModel.register(MoHGEConfig, MoHGEModel)
-AutoModelForCausalLM.register(MoHGEConfig, MoHGEForCausalLM)
+transformers.AutoConfig.register("mohge", MoHGEConfig)
 # `save_pretrained` then copies the code beside the weights, for `trust_remote_code=True` where mohge is missing.
 MoHGEConfig.register_for_auto_class()
-MoHGEModel.register_for_auto_class("AutoModel")
-MoHGEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for auto_class, path in AUTO_MAP.items():
+    model_class = getattr(modeling_mohge, path.rsplit(".", 1)[1])
+    getattr(transformers, auto_class).register(MoHGEConfig, model_class)
+    model_class.register_for_auto_class(auto_class)
 
-__all__ = ["MoHGEConfig", "MoHGEForCausalLM", "MoHGEModel", "MoHGEPreTrainedModel", "record_routing"]
+__all__ = [
+    "MoHGEConfig",
+    "MoHGEForCausalLM",
+    "MoHGEForSequenceClassification",
+    "MoHGEForTokenClassification",
+    "MoHGEModel",
+    "MoHGEPreTrainedModel",
+    "record_routing",
+]

@@ -55,6 +55,8 @@ _MOVED_FIELDS = {
     ),
 }
 """Field of attention that the first version had -> backbones that have it."""
+_SHARED_FIELDS = ("output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type")
+"""Fields of every config that the backbone reads in its own."""
 _DERIVED_FIELDS = {
     "num_experts": "num_experts_per_group",
     "num_local_experts": "num_experts_per_group",
@@ -214,33 +216,27 @@ class MoHGEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.backbone_config, kwargs = _make_backbone(self.backbone_config, kwargs)
-        if self.router_type is None:
-            # The field alone says little: some configs have it for decoders that may be mixtures.
-            mixture = self._of_backbone(*_NUM_EXPERTS) is not None and is_mixture(self.backbone_config)
-            self.router_type = "source" if mixture else "two_level"
-        if self.num_experts_per_tok is None:
-            self.num_experts_per_tok = self._of_backbone(*_EXPERTS_PER_TOKEN) if self.keeps_router else 6
-        if self.shared_expert_intermediate_size is None:
-            self.shared_expert_intermediate_size = 0 if self.keeps_router else 2048
-        if self.mlp_only_layers is None:
-            self.mlp_only_layers = layers_without_experts(self.backbone_config) if self.keeps_router else []
+        for name, derive in _DERIVED_DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, derive(self))
         self.mlp_only_layers = list(self.mlp_only_layers)
         self.moe_intermediate_sizes = list(self.moe_intermediate_sizes)
         if not isinstance(self.num_experts_per_group, int):
             self.num_experts_per_group = list(self.num_experts_per_group)
-        if self.router_group_aux_loss_coef is None:
-            self.router_group_aux_loss_coef = 1e-5 if self.router_type == "two_level" else 0.0
         for name, field in _DERIVED_FIELDS.items():
             if name in kwargs:
                 raise ValueError(f"`{name}` follows from the groups: set `{field}` instead")
-        if self.num_groups_per_tok is None:
-            self.num_groups_per_tok = self._default_num_groups_per_tok()
-        elif self.router_type != "two_level" and self.num_groups_per_tok != self.num_groups:
+        if self.router_type != "two_level" and self.num_groups_per_tok != self.num_groups:
             raise ValueError(
                 f'`num_groups_per_tok` ({self.num_groups_per_tok}) applies to router_type="two_level" only: leave it '
                 f'None for "{self.router_type}", which keeps all groups'
             )
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            self.id2label, self.label2id = self.backbone_config.id2label, self.backbone_config.label2id
+        self.problem_type = self.problem_type or self.backbone_config.problem_type
         super().__post_init__(**kwargs)
+        for name in _SHARED_FIELDS:
+            setattr(self.backbone_config, name, getattr(self, name))
         for name in sorted((self.per_layer_attributes or set()) - _PER_LAYER_FIELDS):
             raise ValueError(
                 f"`{name}` cannot differ between layers: remove it from `per_layer_config`, which may hold "
@@ -253,15 +249,28 @@ class MoHGEConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """See `PreTrainedConfig.from_dict`. Fields in `kwargs` are checked together with the others."""
+        """See `PreTrainedConfig.from_dict`. Our fields in `kwargs` are checked together with the others; those of the
+        backbone are set afterwards, as transformers does."""
         own = cls.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-        backbone = config_dict.get("backbone_config") or _DEFAULT_BACKBONE
-        names = own | _fields_of(backbone["model_type"]) if isinstance(backbone, dict) else own
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         changed = fields.get("backbone_config")
         if isinstance(changed, dict) and "model_type" not in changed:  # only some of its fields
-            fields["backbone_config"] = {**backbone, **changed}
+            fields["backbone_config"] = {**(config_dict.get("backbone_config") or _DEFAULT_BACKBONE), **changed}
+        layers = kwargs.get("num_hidden_layers")
+        if layers is not None and "mlp_only_layers" in config_dict:  # what was said of layers that go is void
+            kept = [index for index in config_dict["mlp_only_layers"] if index < layers]
+            fields.setdefault("mlp_only_layers", kept)
         return super().from_dict({**config_dict, **fields}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See `PreTrainedConfig.to_dict`. Fields that follow from others are left out, so that who loads it may change
+        what they follow from."""
+        output = super().to_dict()
+        if not self.is_heterogeneous:
+            for name, derive in _DERIVED_DEFAULTS.items():
+                if name in output and output[name] == derive(self):
+                    del output[name]
+        return output
 
     # Fields of the backbone are read and set through this config, as `config.hidden_size` is by everybody.
 
@@ -269,21 +278,23 @@ class MoHGEConfig(PreTrainedConfig):
         backbone = self.__dict__.get("backbone_config")
         if name.startswith("_") or not isinstance(backbone, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute `{name}`")
+        if isinstance(own := getattr(type(self), name, None), property):
+            return own.fget(self)  # which raised AttributeError, and does so again
         return getattr(backbone, name)
 
     def __setattr__(self, name: str, value: Any):
         backbone = self.__dict__.get("backbone_config")
         if isinstance(backbone, PreTrainedConfig) and not name.startswith("_"):
-            shared = name in ("output_hidden_states", "output_attentions")
+            shared = name in _SHARED_FIELDS
             if shared or (not hasattr(type(self), name) and hasattr(backbone, name)):
                 setattr(backbone, name, value)
                 if not shared:
                     return
         super().__setattr__(name, value)
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """See `PreTrainedConfig.get_text_config`: the backbone's config."""
-        return self.backbone_config
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "MoHGEConfig":
+        """See `PreTrainedConfig.get_text_config`: this config, which has the backbone's fields too."""
+        return self
 
     # Parallel plans of the base model: the backbone's, to which the model adds its experts.
 
@@ -316,7 +327,12 @@ class MoHGEConfig(PreTrainedConfig):
         """The first of these fields that the backbone has."""
         return next((value for name in names if (value := getattr(self.backbone_config, name, None))), None)
 
-    def _default_num_groups_per_tok(self) -> int:
+    def _derive_router_type(self) -> str:
+        # The field alone says little: some configs have it for decoders that may be mixtures.
+        mixture = self._of_backbone(*_NUM_EXPERTS) is not None and is_mixture(self.backbone_config)
+        return "source" if mixture else "two_level"
+
+    def _derive_num_groups_per_tok(self) -> int:
         counts = sorted(self.expert_counts)
         if self.router_type != "two_level":
             return len(counts)
@@ -341,8 +357,11 @@ class MoHGEConfig(PreTrainedConfig):
 
     @property
     def num_experts(self) -> int:
-        """Number of routed experts `E` of a layer."""
-        return sum(self.expert_counts)
+        """Number of routed experts `E` of a layer, where all layers have the same."""
+        numbers = {sum(layer.expert_counts) for layer in self._distinct_layers()}
+        if len(numbers) > 1:
+            raise AttributeError("layers have different numbers of experts: see `sparse_layers`")
+        return numbers.pop()
 
     @property
     def moe_intermediate_size(self) -> int:
@@ -548,6 +567,15 @@ class MoHGEConfig(PreTrainedConfig):
         return self.sparse_layers if self.is_heterogeneous else [self]
 
 
+_DERIVED_DEFAULTS = {
+    "router_type": MoHGEConfig._derive_router_type,
+    "num_experts_per_tok": lambda self: self._of_backbone(*_EXPERTS_PER_TOKEN) if self.keeps_router else 6,
+    "shared_expert_intermediate_size": lambda self: 0 if self.keeps_router else 2048,
+    "mlp_only_layers": lambda self: layers_without_experts(self.backbone_config) if self.keeps_router else [],
+    "router_group_aux_loss_coef": lambda self: 1e-5 if self.router_type == "two_level" else 0.0,
+    "num_groups_per_tok": MoHGEConfig._derive_num_groups_per_tok,
+}
+"""Fields that follow from others where they are not given -> how, each from those above it."""
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
 

@@ -60,7 +60,7 @@ def router_losses(
     schedules = _schedules(routers[0].config, progress)
     aux_loss = mask.new_zeros(())
     values = {}
-    for name in _switched_on(routers[0].config):
+    for name in switched_on(routers[0].config):
         per_segment = torch.stack([losses[name].to(mask.device) for losses, _ in layers]).mean(0)
         weighted = per_segment @ sequence_weights
         aux_loss = aux_loss + getattr(routers[0].config, ROUTER_COEFFICIENTS[name]) * schedules.get(name, 1) * weighted
@@ -68,13 +68,25 @@ def router_losses(
     return RouterLosses(aux_loss, values, tuple(counts.sum(0) for _, counts in layers))
 
 
-def _switched_on(config: MoHGEConfig) -> list[str]:
+def switched_on(config: MoHGEConfig) -> list[str]:
+    """Names of the router losses that are switched on."""
     return [name for name, field in ROUTER_COEFFICIENTS.items() if getattr(config, field) > 0]
 
 
 def has_router_losses(config: MoHGEConfig) -> bool:
     """Whether any router loss is switched on."""
-    return bool(_switched_on(config))
+    return bool(switched_on(config))
+
+
+def targets_per_sequence(labels: torch.Tensor, shift_labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """[B]: number of targets of each sequence, of the arguments of a language model's forward."""
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return targets.ne(-100).sum(-1)
+
+
+def at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
+    """What to divide by where something is shared out among `count`, which may be none."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
 def _schedules(config: MoHGEConfig, progress: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -92,7 +104,7 @@ def _layer_losses(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The [R] losses that are switched on, and the [R, E] counts of tokens that chose each expert."""
     statistics = _Statistics(router, output, mask_RS)
-    losses = {name: _LOSSES[name](router.config, statistics) for name in _switched_on(router.config)}
+    losses = {name: _LOSSES[name](router.config, statistics) for name in switched_on(router.config)}
     return losses, statistics.counts_RE
 
 
@@ -213,4 +225,11 @@ _LOSSES = {
     "expert": _expert,
 }
 
-__all__ = ["RouterLosses", "has_router_losses", "router_losses"]
+__all__ = [
+    "RouterLosses",
+    "at_least_one",
+    "has_router_losses",
+    "router_losses",
+    "switched_on",
+    "targets_per_sequence",
+]

@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.integrations import use_experts_implementation
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -38,9 +40,16 @@ from transformers.utils.import_utils import is_torch_distributed_available, is_t
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, CompileableContextVar, OutputRecorder
 
 from .backbones_mohge import activation, gate_function, is_silu, replaceable
-from .configuration_mohge import MoHGEConfig
+from .configuration_mohge import ROUTER_COEFFICIENTS, MoHGEConfig
 from .experts_mohge import HeterogeneousExpertsInterface
-from .losses_mohge import has_router_losses, router_losses
+from .losses_mohge import (
+    RouterLosses,
+    at_least_one,
+    has_router_losses,
+    router_losses,
+    switched_on,
+    targets_per_sequence,
+)
 from .routing_mohge import ExpertTables, MoHGERouter, RouterOutput
 
 
@@ -90,6 +99,11 @@ and, of a backbone's own router, the id here of each of its experts. Not there w
 
 def _under_way() -> list | None:
     return (_recording.get() or {}).get("routing")
+
+
+def _is_inside() -> bool:
+    """Whether the forward of one of our models is under way."""
+    return _recording.get() is not None and not isinstance(_under_way(), _Outputs)
 
 
 class _Outputs(list):
@@ -358,20 +372,26 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     """Base of the model classes: makes the subclass of the backbone's class, and replaces its feed-forward."""
 
     config_class = MoHGEConfig
-    _backbone_classes = None
-    """Mapping from the class of a backbone's config to its model class."""
+
+    @staticmethod
+    def _backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+        """The backbone's own class, for a backbone's config."""
+        return MODEL_MAPPING[type(config)]
+
     _generic: type | None = None
     _source: type | None = None
     """The class here and the backbone's class that this class is made of; None for the classes here themselves."""
     _adds_router_loss = False
     """Whether the backbone's own forward may add a router loss, and takes the argument that says so."""
+    _progress_is_known = False
+    """Whether somebody says when an optimizer step ends."""
     _sparse_paths: tuple[str, ...] = ()
     """Names of the feed-forwards that have our experts; none yet while the backbone's own `__init__` runs."""
 
     def __new__(cls, config: MoHGEConfig | None = None, *args, **kwargs):
         # By its type's name: code that travels with a checkpoint may be there twice, once for the config.
         if cls._source is None and getattr(config, "model_type", None) == MoHGEConfig.model_type:
-            cls = _class_with_backbone(cls, cls._backbone_classes[type(config.backbone_config)])
+            cls = _class_with_backbone(cls, cls._backbone_class(config.backbone_config))
         return super().__new__(cls)
 
     def __reduce_ex__(self, protocol: int):
@@ -415,7 +435,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             return
         inner.__class__ = _class_with_backbone(MoHGEModel, type(inner))
         _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
-        inner.config, inner._is_inside = self.config, True
+        inner.config = self.config
+        inner._known_arguments = inner._names_taken()
         inner._sparse_paths = tuple(path.removeprefix(f"{self.base_model_prefix}.") for path in self._sparse_paths)
 
     @property
@@ -464,11 +485,14 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         """The output of the backbone's own forward and, if that is to be recorded, what the routers decided: a pair of
         a router and its output for each time that a layer ran."""
         self.refuse_unknown(arguments)
+        self._warn_of_unadapted_experts()
         corrected = []
         if self.training and torch.is_grad_enabled():
             corrected = [router for router in self.routers if router.corrects_logits]
         for router in corrected:
-            router.fold_logit_mean()
+            if not self._progress_is_known and router.step_seems_new():
+                self._warn_of_separate_means()
+                router.fold_logit_mean()
         others = None if is_torchdynamo_compiling() else _under_way()
         recorded = [] if record or others is not None else None
         token = _recording.set({} if recorded is None else {"routing": recorded})
@@ -483,6 +507,46 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         for router in corrected:
             router.gather_logit_mean(_token_mask(arguments))
         return outputs, recorded
+
+    def _warn_of_separate_means(self):
+        # No collective here: nothing says that all ranks run this forward.
+        if not is_torchdynamo_compiling() and torch.distributed.is_available() and torch.distributed.is_initialized():
+            logger.warning_once(
+                "`router_logit_ema_strength`: each rank keeps a running mean of its own until it is known when a step "
+                "ends: pass RouterScheduleCallback() to Trainer, or use MoHGETrainer."
+            )
+
+    def _warn_of_left_out_losses(self, arguments: dict):
+        """Of a forward that returns no loss: what computes one from its output does not know all router losses."""
+        names = switched_on(self.config)
+        if arguments.get("output_router_logits") and "load_balancing" in names:  # TRL's trainers compute that one
+            names.remove("load_balancing")
+        if names and self._is_trained_here():
+            logger.warning_once(
+                f"The router losses of {', '.join(f'`{ROUTER_COEFFICIENTS[name]}`' for name in names)} are left out "
+                "where a loss is computed outside of the model, as TRL's trainers do. These add "
+                "`router_aux_loss_coef`, where their arguments set it; for the others use MoHGETrainer, "
+                "MoHGESFTTrainer or `mohge finetune`. Set coefficients to 0 to do without."
+            )
+
+    def _warn_of_unadapted_experts(self):
+        """Names that reach the experts of other mixtures reach attention alone here."""
+        adapted = getattr(self, "peft_config", {}).values()
+        # Who writes a pattern knows the names of the modules.
+        if all(isinstance(adapter.target_modules, str | None) for adapter in adapted) or not self._is_trained_here():
+            return
+        experts = [parameter for found in self.sparse_feed_forwards for parameter in found.experts.parameters()]
+        if not any(parameter.requires_grad for parameter in experts):
+            share = sum(map(torch.numel, experts)) / sum(map(torch.numel, self.parameters()))
+            logger.warning_once(
+                f"The adapters leave the routed experts as they are, {share:.0%} of the parameters: name their stacks "
+                'in `target_parameters`, ["experts.gate_up_proj_0", "experts.down_proj_0", ...], as '
+                "`mohge.training.tuning.lora.lora_config(model.config)` does."
+            )
+
+    def _is_trained_here(self) -> bool:
+        """Whether to warn of what concerns training."""
+        return self.training and torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
     def init_parallel_plans(self):
         """See `DistributedMixin.init_parallel_plans`. The backbone's plans, with the experts' own in them."""
@@ -637,6 +701,17 @@ def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTr
     )
 
 
+@functools.cache
+def _class_with_head(head: type, base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(f"{head.__name__.removeprefix('Generic')}[{base.__name__}]", (head, base), {})
+
+
+def _with_head(head: type, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of a backbone with one of transformers' generic heads, which it may not have itself."""
+    classes = MODEL_MAPPING[type(config)].__mro__
+    return _class_with_head(head, next(cls for cls in classes if cls.__name__.endswith("PreTrainedModel")))
+
+
 def _blank(generic: type[MoHGEPreTrainedModel], source: type[PreTrainedModel]) -> MoHGEPreTrainedModel:
     cls = _class_with_backbone(generic, source)
     return cls.__new__(cls)
@@ -652,7 +727,12 @@ def _names_taken_by(attention: str) -> set[str]:
     return set(inspect.signature(ALL_ATTENTION_FUNCTIONS.get_interface(attention, eager_attention_forward)).parameters)
 
 
-AUTO_MAP = {"AutoModel": "modeling_mohge.MoHGEModel", "AutoModelForCausalLM": "modeling_mohge.MoHGEForCausalLM"}
+AUTO_MAP = {
+    "AutoModel": "modeling_mohge.MoHGEModel",
+    "AutoModelForCausalLM": "modeling_mohge.MoHGEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mohge.MoHGEForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mohge.MoHGEForTokenClassification",
+}
 """What the config of a checkpoint that carries its code says under `auto_map`."""
 
 
@@ -679,19 +759,68 @@ class MoHGEModel(MoHGEPreTrainedModel):
         config ([`MoHGEConfig`]): Config of the model.
     """
 
-    _backbone_classes = MODEL_MAPPING
-    _is_inside = False
-    """Whether it is part of a model with a head, which does what is to be done around a forward."""
-
     def forward(self, input_ids: torch.LongTensor | None = None, **kwargs):
         """Run the decoder. Arguments and output are those of the backbone's own model."""
         kwargs["input_ids"] = input_ids
-        if self._is_inside:
+        if _is_inside():  # of a model with a head, which does what is to be done around a forward
             return super().forward(**kwargs)
+        self._warn_of_left_out_losses(kwargs)
         return self._forward_backbone(kwargs, record=False)[0]
 
 
-class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
+class MoHGEModelWithHead(MoHGEPreTrainedModel):
+    """Base of the models with a head. In training mode the loss includes the router losses; in evaluation mode it is
+    the head's loss alone."""
+
+    def __init__(self, config: MoHGEConfig):
+        super().__init__(config)
+        self.training_progress: torch.Tensor
+        self.register_buffer("training_progress", torch.tensor(-1.0), persistent=False)
+
+    def set_training_progress(self, fraction: float):
+        """
+        Say which fraction of training is done, 0 to 1: on every rank, before the first optimizer step and after each.
+        Without it, schedules of router losses stand at their end values. `RouterScheduleCallback` calls this.
+        """
+        self.training_progress.fill_(fraction)
+        self._progress_is_known = True
+        for router in self.routers:
+            if router.corrects_logits:
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    torch.distributed.all_reduce(router.logit_pending)
+                router.fold_logit_mean()
+
+    def _router_losses(
+        self, routing: list, arguments: dict, sequence_weights: torch.Tensor | None
+    ) -> tuple[list[RouterOutput], RouterLosses]:
+        """What the routers decided, and their losses."""
+        routers, decisions = map(list, zip(*routing, strict=True))
+        if any(decision.logits is None for decision in decisions):
+            raise ValueError(
+                f"the router of {self._source.__name__} returns no logits, which router losses and "
+                "`output_router_logits` need: set the coefficients of the losses to 0"
+            )
+        self._warn_of_idle_losses(routers[0], decisions[0])
+        mask = _token_mask(arguments)
+        return decisions, router_losses(routers, decisions, mask, sequence_weights, self.training_progress)
+
+    def _warn_of_idle_losses(self, router: ExpertTables, decision: RouterOutput):
+        if not self._is_trained_here():
+            return
+        weight = getattr(router, "weight", None)
+        if weight is not None and weight.requires_grad and not decision.logits.requires_grad:
+            logger.warning_once(
+                "The router losses get no gradient under reentrant checkpointing: pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        if self.config.router_group_aux_loss_coef and self.config.group_aux_loss_start and not self._progress_is_known:
+            logger.warning_once(
+                "`group_aux_loss_start` needs to know how far training is: pass RouterScheduleCallback() to Trainer, "
+                "or use MoHGETrainer. Until then the group-wise loss is active from the first step."
+            )
+
+
+class MoHGEForCausalLM(MoHGEModelWithHead, GenerationMixin):
     """
     The decoder with its language-model head. In training mode its loss includes the router losses; in evaluation mode
     it is the language-model loss alone, so that its exponential is the perplexity.
@@ -699,22 +828,6 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
     Args:
         config ([`MoHGEConfig`]): Config of the model.
     """
-
-    _backbone_classes = MODEL_FOR_CAUSAL_LM_MAPPING
-
-    def __init__(self, config: MoHGEConfig):
-        super().__init__(config)
-        self.training_progress: torch.Tensor
-        self.register_buffer("training_progress", torch.tensor(-1.0), persistent=False)
-        self._progress_is_known = False
-
-    def set_training_progress(self, fraction: float):
-        """Say that an optimizer step begins, and which fraction of training is done, 0 to 1. Without it, schedules of
-        router losses stand at their end values. `RouterScheduleCallback` calls this at each step."""
-        self.training_progress.fill_(fraction)
-        self._progress_is_known = True
-        for router in self.routers:
-            router.step_begins = True
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """See `PushToHubMixin.push_to_hub`, whose arguments it takes. With the package mohge, whatever is pushed is
@@ -733,6 +846,10 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
                 "its latents. Use generate."
             )
         return super().generate_batch(*args, **kwargs)
+
+    @staticmethod
+    def _backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
     @can_return_tuple
     def forward(
@@ -775,25 +892,25 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
             output_router_logits = any(getattr(config, "output_router_logits", False) for config in configs)
         trained = self.training and (labels is not None or sequence_weights is not None)
         collect = output_router_logits or (trained and has_router_losses(self.config))
+        if not collect:
+            self._warn_of_left_out_losses(kwargs)
         if self._adds_router_loss:
             kwargs["output_router_logits"] = False  # with which a mixture adds a router loss of its own
+
+        if kwargs.get("num_items_in_batch") is not None:
+            kwargs["num_items_in_batch"] = at_least_one(kwargs["num_items_in_batch"])
 
         outputs, routing = self._forward_backbone(kwargs, record=collect)
         taken = {name: value for name, value in outputs.items() if name in _OUTPUT_FIELDS}
         result = MoHGECausalLMOutputWithPast(**taken)
-        if result.loss is not None:
+        if result.loss is not None and labels is not None:
+            targets = targets_per_sequence(**kwargs)
+            result.loss = result.loss.masked_fill(targets.sum().to(result.loss.device) == 0, 0)
             result.lm_loss = result.loss.detach().clone()  # Trainer scales `loss` in place
+            if sequence_weights is None and kwargs.get("num_items_in_batch") is not None:
+                sequence_weights = targets / kwargs["num_items_in_batch"]
         if collect and routing:
-            routers, decisions = map(list, zip(*routing, strict=True))
-            if any(decision.logits is None for decision in decisions):
-                raise ValueError(
-                    f"the router of {self._source.__name__} returns no logits, which router losses and "
-                    "`output_router_logits` need: set the coefficients of the losses to 0"
-                )
-            if sequence_weights is None and labels is not None:
-                sequence_weights = _share_of_targets(**kwargs)
-            self._warn_of_idle_losses(routers[0], decisions[0])
-            losses = router_losses(routers, decisions, _token_mask(kwargs), sequence_weights, self.training_progress)
+            decisions, losses = self._router_losses(routing, kwargs, sequence_weights)
             result.tokens_per_expert = losses.tokens_per_expert
             if has_router_losses(self.config):
                 result.aux_loss, result.router_losses = losses.aux_loss, losses.values
@@ -807,33 +924,49 @@ class MoHGEForCausalLM(MoHGEPreTrainedModel, GenerationMixin):
                 )
         return result
 
-    def _warn_of_idle_losses(self, router: ExpertTables, decision: RouterOutput):
-        if not self.training or is_torchdynamo_compiling() or not torch.is_grad_enabled():
-            return
-        weight = getattr(router, "weight", None)
-        if weight is not None and weight.requires_grad and not decision.logits.requires_grad:
-            logger.warning_once(
-                "The router losses get no gradient under reentrant checkpointing: pass "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
-        if self.config.router_group_aux_loss_coef and self.config.group_aux_loss_start and not self._progress_is_known:
-            logger.warning_once(
-                "`group_aux_loss_start` needs to know how far training is: pass RouterScheduleCallback() to Trainer, "
-                "or use MoHGETrainer. Until then the group-wise loss is active from the first step."
-            )
+
+class _MoHGEClassifier(MoHGEModelWithHead):
+    """A model with one of transformers' generic heads in place of the language model's."""
+
+    @can_return_tuple
+    def forward(self, input_ids: torch.LongTensor | None = None, **kwargs):
+        """Run transformers' generic model, whose arguments it takes, and add the router losses to its loss."""
+        kwargs["input_ids"] = input_ids
+        collect = self.training and kwargs.get("labels") is not None and has_router_losses(self.config)
+        if not collect:
+            self._warn_of_left_out_losses(kwargs)
+        outputs, routing = self._forward_backbone(kwargs, record=collect)
+        if routing:
+            aux_loss = self._router_losses(routing, kwargs, sequence_weights=None)[1].aux_loss
+            outputs.loss = outputs.loss + aux_loss.to(outputs.loss.device)
+        return outputs
 
 
-def _share_of_targets(
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs,
-) -> torch.Tensor | None:
-    """[B]: each sequence's share of the targets of the whole batch, or None if this is the whole batch."""
-    if num_items_in_batch is None:
-        return None
-    targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return targets.ne(-100).sum(-1) / num_items_in_batch
+class MoHGEForSequenceClassification(_MoHGEClassifier):
+    """
+    The decoder with a head that scores a sequence by its last token, also for reward models. In training mode its
+    loss includes the router losses.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the model, with `num_labels` and `pad_token_id`.
+    """
+
+    @staticmethod
+    def _backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+        return _with_head(GenericForSequenceClassification, config)
+
+
+class MoHGEForTokenClassification(_MoHGEClassifier):
+    """
+    The decoder with a head that scores each token. In training mode its loss includes the router losses.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the model, with `num_labels`.
+    """
+
+    @staticmethod
+    def _backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+        return _with_head(GenericForTokenClassification, config)
 
 
 # Trainer shifts labels under label smoothing only for class names in this table, which `register` does not fill.
@@ -842,7 +975,10 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mohge", MoHGEForCausalLM.__name__)
 __all__ = [
     "MoHGECausalLMOutputWithPast",
     "MoHGEForCausalLM",
+    "MoHGEForSequenceClassification",
+    "MoHGEForTokenClassification",
     "MoHGEModel",
+    "MoHGEModelWithHead",
     "MoHGEPreTrainedModel",
     "record_routing",
 ]

@@ -58,7 +58,6 @@ class ExpertTables(nn.Module):
         self.widths_G: torch.Tensor
         for name, table in self._tables().items():
             self.register_buffer(name, table, persistent=False)
-        self.step_begins: bool | None = None  # see `MoHGEForCausalLM.set_training_progress`
 
     def _tables(self) -> dict[str, torch.Tensor]:
         """Expert ids [N, G], E where a group is shorter; position of each id in it; group of each id; membership
@@ -240,30 +239,27 @@ class MoHGERouter(ExpertTables):
 
     @torch.no_grad()
     def fold_logit_mean(self):
-        """At the start of a training forward: take what the last optimizer step saw into the running mean."""
-        if self.step_begins is not None:  # somebody says when a step begins
-            accumulating = not self.step_begins
-            self.step_begins = False
-        else:  # guess it: gradients are cleared after a step, and most optimizers mark the weights they change
-            accumulating = self.weight.grad is not None
-            if not is_torchdynamo_compiling():
-                accumulating = accumulating and self.weight._version == self.last_version
-        if accumulating:
-            return
+        """Take what the last optimizer step saw into the running mean."""
         count = self.logit_pending[-1]
         decay = torch.where(count > 0, self.config.router_logit_ema_decay, 1.0)
         self.logit_ema_E.lerp_(self.logit_pending[:-1] / count.clamp(min=1), 1 - decay)
         self.logit_pending.zero_()
 
+    def step_seems_new(self) -> bool:
+        """Whether the training forward that begins is the first of an optimizer step, as far as one can tell: after a
+        step gradients are cleared, and most optimizers mark the weights they change."""
+        if self.weight.grad is None:
+            return True
+        return not is_torchdynamo_compiling() and self.weight._version != self.last_version
+
     @torch.no_grad()
     def gather_logit_mean(self, token_mask: torch.Tensor):
-        """At the end of a training forward: add its logits, padding left out, over all data-parallel ranks."""
+        """At the end of a training forward: add its logits, padding left out."""
         logits_TE, self.last_logits_TE = self.last_logits_TE, None
+        if logits_TE is None:  # the layer did not run
+            return
         mask_T = token_mask.flatten().to(logits_TE)
-        seen = torch.cat([mask_T @ logits_TE, mask_T.sum()[None]]).to(self.logit_pending.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen)
-        self.logit_pending += seen
+        self.logit_pending += torch.cat([mask_T @ logits_TE, mask_T.sum()[None]]).to(self.logit_pending.dtype)
         if not is_torchdynamo_compiling():
             self.last_version = self.weight._version
 

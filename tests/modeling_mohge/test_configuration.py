@@ -109,7 +109,7 @@ def test_fields_of_the_backbone_are_read_and_set_through_the_config():
     config.hidden_size = 64
     assert config.backbone_config.hidden_size == 64
     assert "hidden_size" not in config.to_dict()
-    assert config.get_text_config() is config.backbone_config
+    assert config.get_text_config() is config  # it has the fields of both
 
 
 def test_a_config_of_the_first_version_still_loads(tmp_path):
@@ -483,19 +483,56 @@ def test_fields_are_replaced_on_loading(tmp_path):
     assert (config.num_experts_per_tok, config.router_expert_aux_loss_coef) == (2, 0.1)
 
 
-@pytest.mark.parametrize(
-    ("replaced", "field"),
-    [
-        ({"num_experts_per_tok": 13}, "num_experts_per_tok"),
-        ({"num_experts_per_tok": 12}, "num_groups_per_tok"),
-        ({"router_type": "top_k"}, "num_groups_per_tok"),  # the saved config keeps two groups of three
-    ],
-)
-def test_fields_replaced_on_loading_are_checked(replaced, field, tmp_path):
-    """At the latest where the model is built: transformers sets them after the config's own checks."""
+def test_fields_replaced_on_loading_are_checked(tmp_path):
     MoHGEConfig(**SMALL).save_pretrained(tmp_path)
-    with pytest.raises((ValueError, StrictDataclassError), match=f"`{field}`"):
-        MoHGEForCausalLM(AutoConfig.from_pretrained(tmp_path, **replaced))
+    with pytest.raises((ValueError, StrictDataclassError), match="`num_experts_per_tok`"):
+        AutoConfig.from_pretrained(tmp_path, num_experts_per_tok=13)
+
+
+def test_what_follows_from_a_field_follows_from_its_replacement(tmp_path):
+    """Only what was given is saved as given."""
+    MoHGEConfig(**SMALL).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, num_experts_per_tok=12).num_groups_per_tok == 3
+    config = AutoConfig.from_pretrained(tmp_path, router_type="top_k")
+    assert (config.num_groups_per_tok, config.router_group_aux_loss_coef) == (3, 0)
+
+    MoHGEConfig(**SMALL, num_groups_per_tok=2, router_group_aux_loss_coef=0.25).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.num_groups_per_tok, config.router_group_aux_loss_coef) == (2, 0.25)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mlp_only_layers": [1]},
+        {"num_groups_per_tok": 2, "per_layer_config": {1: {"num_experts_per_tok": 2}}},
+        {"backbone_config": {"model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 2}},
+        {"backbone_config": {"model_type": "qwen3_moe", "num_experts": 12}},
+    ],
+    ids=["plain", "dense layer", "per layer", "layer types", "source"],
+)
+def test_model_can_be_cut_to_its_first_layers(fields, tmp_path):
+    """On loading and afterwards, as the models of transformers, and so for an assistant that exits early."""
+    mixture = "num_experts" in fields.get("backbone_config", {})
+    values = {**SMALL, "num_hidden_layers": 2, "vocab_size": 32} | fields
+    if mixture:
+        for name in ("num_experts_per_tok", "shared_expert_intermediate_size"):
+            del values[name]
+    torch.manual_seed(0)
+    model = MoHGEForCausalLM(MoHGEConfig(**values)).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(10)[None]
+    whole = model(ids).logits
+    model.config.num_hidden_layers = 1
+    cut = MoHGEForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
+    assert len(cut.model.layers) == 1
+    torch.testing.assert_close(model(ids).logits, cut(ids).logits, rtol=0, atol=0)
+    assert not torch.allclose(model(ids).logits, whole, atol=1e-3)
+    assert model(ids, labels=ids, output_router_logits=True).aux_loss is not None or mixture
+    model.config.num_hidden_layers = 2
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, assistant_early_exit=1).equal(expected)
 
 
 def test_every_field_is_documented():

@@ -15,10 +15,13 @@ from .metrics import RouterStatistics, dense_parameters
 
 
 class RouterScheduleCallback(TrainerCallback):
-    """Tells the model at every step how far training is, for `group_aux_loss_start` and `router_intra_group_warmup`.
-    Pass it to a plain `Trainer` with `callbacks=[RouterScheduleCallback()]`."""
+    """Tells the model after every step how far training is, for `group_aux_loss_start`, `router_intra_group_warmup`
+    and the running mean of the logits. Pass it to a plain `Trainer` with `callbacks=[RouterScheduleCallback()]`."""
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        base_model(model).set_training_progress(state.global_step / state.max_steps)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         base_model(model).set_training_progress(state.global_step / state.max_steps)
 
 
@@ -41,7 +44,7 @@ class RouterLogCallback(TrainerCallback):
         self._hook = model.register_forward_hook(self._count, with_kwargs=True)
 
     def _count(self, model: nn.Module, args: tuple, kwargs: dict, output):
-        if model.training and output.tokens_per_expert is not None:
+        if model.training and getattr(output, "tokens_per_expert", None) is not None:
             mask = kwargs.get("attention_mask")
             tokens = output.logits.shape[:2].numel() if mask is None else mask.sum()
             self._statistics.add(output.tokens_per_expert, tokens)

@@ -14,7 +14,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
-from mohge import MoHGEForCausalLM
+from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
+from mohge.losses_mohge import at_least_one, targets_per_sequence
 
 from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
@@ -51,6 +52,8 @@ class MoHGETrainer(Trainer):
     """
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
+        if isinstance(model, MoHGEForSequenceClassification | MoHGEForTokenClassification):
+            raise ValueError(f"MoHGETrainer trains language models: train {type(model).__name__} with Trainer")
         args = TrainingArguments("tmp_trainer") if args is None else args
         save_only_model = args.save_only_model
         if getattr(model, "is_distributed_loading_by_transformers", False):
@@ -101,15 +104,12 @@ class MoHGETrainer(Trainer):
 
     def _share_of_targets(self, inputs: dict, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | None:
         """[B]: each sequence's share of the targets of the optimizer step."""
-        labels = inputs.get("shift_labels", inputs.get("labels"))
-        if labels is None:
+        if inputs.get("labels") is None and inputs.get("shift_labels") is None:
             return None  # Trainer says what is missing
-        if "shift_labels" not in inputs:
-            labels = labels[..., 1:]
-        targets = labels.ne(-100).sum(-1)
+        targets = targets_per_sequence(inputs.get("labels"), inputs.get("shift_labels"))
         if num_items_in_batch is None:
             num_items_in_batch = targets.sum() * self.args.gradient_accumulation_steps
-        return targets / num_items_in_batch
+        return targets / at_least_one(num_items_in_batch)
 
     def _with_router_losses(self, loss_function: Callable) -> Callable:
         def with_router_losses(outputs, *args, **kwargs):
