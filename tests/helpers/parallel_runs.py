@@ -30,6 +30,7 @@ def train_step(scenario: Scenario, folder: Path) -> dict:
     held = {name: _local(p).detach().clone() for name, p in model.named_parameters()}
     outputs, share = _training_pass(scenario, model)
     (outputs.loss * scenario.parts).backward()  # gradients are averaged over the parts
+    model.set_training_progress(1.0)
     sharding = getattr(model.config, "distributed_config", None)
     return {
         "implementation": None if sharding is None else sharding.ep_implementation,
@@ -39,7 +40,7 @@ def train_step(scenario: Scenario, folder: Path) -> dict:
         "aux_loss": outputs.aux_loss.detach(),
         "router_losses": {name: value * share for name, value in outputs.router_losses.items()},
         "tokens_per_expert": list(outputs.tokens_per_expert),
-        "logit_sums": [router.logit_pending for router in model.routers if router.corrects_logits],
+        "logit_means": [router.logit_ema_E for router in model.routers if router.corrects_logits],
         "gradients": {name: None if p.grad is None else _full(p.grad) for name, p in model.named_parameters()},
         "waiting": [name for name, module in model.named_modules() if getattr(module, "meanwhile", None) is not None],
     }

@@ -9,7 +9,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
-from mohge.training import MoHGETrainer
+from mohge.training import MoHGETrainer, RouterScheduleCallback
 
 
 LENGTHS = (5, 19, 8, 12, 3, 16, 10, 7)
@@ -115,7 +115,8 @@ def every_loss(accumulation: int, ranks: int, folder: str, trainer_class=Trainer
     runs["mixture"] = config("load_balancing", router_z_loss_coef=1.0, **MIXTURE)
     results = {}
     for name, run in runs.items():
-        trainer = train(run, folder, trainer_class, accumulation, ranks)
+        callbacks = [RouterScheduleCallback()] if trainer_class is Trainer else []
+        trainer = train(run, folder, trainer_class, accumulation, ranks, callbacks=callbacks)
         results[name] = {key: logged(trainer, key) for key in ("loss", "grad_norm")}
     return results
 
@@ -127,6 +128,18 @@ def logged_figures(folder: str, ranks: int) -> list[dict[str, float]]:
         {name: value for name, value in entry.items() if name != "router_load"}
         for entry in trainer.state.log_history[:2]
     ]
+
+
+def mean_after_a_forward_on_one_rank() -> torch.Tensor:
+    """Running mean of the logits after a training step whose only forward ran on the first rank."""
+    set_seed(0)
+    correction = {"router_type": "grouped_top_k", "num_groups_per_tok": None, "router_logit_ema_strength": 0.5}
+    model = MoHGEForCausalLM(config(**correction)).train()
+    model.set_training_progress(0.0)
+    if int(os.environ.get("RANK", 0)) == 0:
+        model(**collate(rows()))
+    model.set_training_progress(1.0)
+    return model.routers[0].logit_ema_E
 
 
 def save_sharded(folder: Path) -> None:
@@ -146,6 +159,7 @@ def compare_ranks(target: Path) -> None:
     outcome = {
         "losses": every_loss(accumulation=1, ranks=2, folder=str(target.parent)),
         "figures": logged_figures(str(target.parent), ranks=2),
+        "mean": mean_after_a_forward_on_one_rank(),
     }
     save_sharded(target.parent)
     if torch.distributed.get_rank() == 0:

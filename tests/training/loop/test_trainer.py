@@ -15,6 +15,7 @@ from trainer_runs import (
     every_loss,
     logged,
     logged_figures,
+    mean_after_a_forward_on_one_rank,
     rows,
     train,
 )
@@ -142,6 +143,11 @@ def test_logged_figures_of_two_ranks_are_those_of_one(run_of_two_ranks, tmp_path
     for one, two in zip(logged_figures(str(tmp_path), 1), torch.load(run_of_two_ranks)["figures"], strict=True):
         assert one.keys() == two.keys()
         assert two == pytest.approx(one, rel=5e-4)
+
+
+def test_forward_on_one_rank_alone_waits_for_no_other(run_of_two_ranks):
+    """What it saw counts when the step ends, which all ranks say."""
+    torch.testing.assert_close(torch.load(run_of_two_ranks)["mean"], mean_after_a_forward_on_one_rank())
 
 
 def test_sharded_model_is_saved_whole_and_with_its_code(run_of_two_ranks):
