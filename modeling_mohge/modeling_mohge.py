@@ -12,19 +12,15 @@ from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.generation import GenerationMixin
 from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
-from transformers.integrations import use_experts_implementation
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -37,11 +33,22 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, CompileableContextVar, OutputRecorder
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
-from .backbones_mohge import activation, gate_function, is_silu, replaceable
+from .backbones_mohge import activation, replaceable
+from .blocks_mohge import (
+    MoHGEExperts,
+    MoHGEMixtureExperts,
+    MoHGESparseMoeBlock,
+    by_our_ids,
+    is_inside,
+    record_logits,
+    record_routing,
+    recording,
+    under_way,
+    unwrap,
+)
 from .configuration_mohge import ROUTER_COEFFICIENTS, MoHGEConfig
-from .experts_mohge import HeterogeneousExpertsInterface
 from .losses_mohge import (
     RouterLosses,
     at_least_one,
@@ -91,281 +98,6 @@ class MoHGECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 
 
 _OUTPUT_FIELDS = frozenset(field.name for field in fields(MoHGECausalLMOutputWithPast))
-
-_recording = CompileableContextVar("routing")
-"""Under `"routing"`, where the layers of a forward under way put what was decided: [`ExpertTables`], [`RouterOutput`]
-and, of a backbone's own router, the id here of each of its experts. Not there where nobody asked for it."""
-
-
-def _under_way() -> list | None:
-    return (_recording.get() or {}).get("routing")
-
-
-def _is_inside() -> bool:
-    """Whether the forward of one of our models is under way."""
-    return _recording.get() is not None and not isinstance(_under_way(), _Outputs)
-
-
-class _Outputs(list):
-    """Keeps the output of what a layer puts in. Layers do so themselves where a part of a model is run."""
-
-    def append(self, entry):
-        super().append(_by_our_ids(*entry[1:]) if isinstance(entry, tuple) else entry)
-
-
-def _by_our_ids(output: RouterOutput, expert_ids: torch.Tensor | None) -> RouterOutput:
-    """The output with logits in the order of our ids. Not in the layer itself: one that is checkpointed runs a second
-    time, unrecorded, and must do the same then."""
-    if expert_ids is None or output.logits is None:
-        return output
-    logits = output.logits.reshape(-1, output.logits.shape[-1]).float()
-    return output._replace(logits=logits[:, expert_ids.argsort()])
-
-
-@contextmanager
-def record_routing() -> Iterator[list[RouterOutput]]:
-    """
-    Collect what the routers decide in the forwards inside the block: one [`RouterOutput`] for each layer that has
-    experts, in order, one forward after the other.
-
-    ```python
-    >>> with record_routing() as routing:
-    ...     model(input_ids)
-    >>> routing[0].index.shape  # tokens, experts per token
-    ```
-    """
-    recorded = _Outputs()
-    token = _recording.set({"routing": recorded})
-    try:
-        yield recorded
-    finally:
-        _recording.reset(token)
-
-
-class MoHGEMLP(nn.Module):
-    """Dense gated feed-forward: the shared expert."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, act_fn: nn.Module):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act_fn = act_fn
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-@use_experts_implementation(experts_interface=HeterogeneousExpertsInterface())
-class MoHGEExperts(nn.Module):
-    """
-    The routed experts of a layer, one stack of weights for each group g and projection: `gate_up_proj_{g}`
-    `[N_g, 2 W_g, H]` and `down_proj_{g}` `[N_g, H, W_g]`.
-
-    Args:
-        config ([`MoHGEConfig`]): Config of the model, which names the experts implementation.
-        layer_config ([`MoHGEConfig`]): Config of the layer, which has its widths.
-        act_fn (`nn.Module`): Activation of the gate projection.
-    """
-
-    gate_function = None
-    """What stands in for `act_fn(gate) * up`, a plain function of this module and of gate and up in one."""
-
-    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig, act_fn: nn.Module):
-        super().__init__()
-        self.num_experts = layer_config.num_experts
-        self.num_groups = layer_config.num_groups
-        self.expert_groups, self.expert_slots = layer_config.expert_groups, layer_config.expert_slots
-        for group, (count, width) in enumerate(
-            zip(layer_config.expert_counts, layer_config.moe_intermediate_sizes, strict=True)
-        ):
-            gate_up = nn.Parameter(torch.empty(count, 2 * width, config.hidden_size))
-            down = nn.Parameter(torch.empty(count, config.hidden_size, width))
-            self.register_parameter(f"gate_up_proj_{group}", gate_up)
-            self.register_parameter(f"down_proj_{group}", down)
-        self.act_fn = act_fn
-        self.act_is_silu = is_silu(act_fn)
-        self.keys_per_group = max(layer_config.expert_counts)
-        self.key_of_expert: torch.Tensor
-        self.register_buffer("key_of_expert", self._key_table(), persistent=False)
-        self.meanwhile: Callable | None = None  # what expert parallelism runs while tokens travel
-
-    def _key_table(self) -> torch.Tensor:
-        return torch.tensor(self.expert_groups) * self.keys_per_group + torch.tensor(self.expert_slots)
-
-    @torch.no_grad()
-    def init_weights(self, std: float):
-        """Draw the weights from a normal distribution."""
-        for parameter in self.parameters():
-            init.normal_(parameter, mean=0.0, std=std)
-
-    def fill_tables(self):
-        """Fill the table of sort keys, which no checkpoint holds."""
-        init.copy_(self.key_of_expert, self._key_table())
-
-    def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`gate_up_proj` and `down_proj` of each group."""
-        return [(getattr(self, f"gate_up_proj_{g}"), getattr(self, f"down_proj_{g}")) for g in range(self.num_groups)]
-
-    def biases(self) -> list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:
-        """Biases of each group in the order of `groups`, or None."""
-        return [(None, None)] * self.num_groups
-
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        if self.gate_function is not None:
-            return self.gate_function(self, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate) * up
-
-    def sort_keys(self, top_k_index: torch.Tensor) -> torch.Tensor:
-        """`group * keys_per_group + slot` of each id; `num_groups * keys_per_group` for slots to skip."""
-        skipped = top_k_index >= self.num_experts
-        keys = self.key_of_expert[top_k_index.masked_fill(skipped, 0)]
-        return keys.masked_fill(skipped, self.num_groups * self.keys_per_group)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """[T, H] -> [T, H]: the weighted sum of the outputs of the experts `top_k_index` [T, K]."""
-        final_hidden_states = torch.zeros_like(hidden_states)
-        groups, biases = self.groups(), self.biases()
-        # Experts without tokens run on zero rows: data parallelism waits for the gradient of every weight.
-        for expert in range(self.num_experts):
-            group, slot = self.expert_groups[expert], self.expert_slots[expert]
-            gate_up_proj, down_proj = (stack[slot] for stack in groups[group])
-            gate_up_bias, down_bias = (stack if stack is None else stack[slot] for stack in biases[group])
-            token_idx, top_k_pos = torch.where(top_k_index == expert)
-            gated = self._apply_gate(F.linear(hidden_states[token_idx], gate_up_proj, gate_up_bias))
-            expert_output = F.linear(gated, down_proj, down_bias)
-            expert_output = expert_output * top_k_weights[token_idx, top_k_pos, None]
-            final_hidden_states.index_add_(0, token_idx, expert_output.to(final_hidden_states.dtype))
-        return final_hidden_states
-
-
-class MoHGESparseMoeBlock(nn.Module):
-    """Router, routed experts and, where configured, the shared expert, in place of a layer's feed-forward."""
-
-    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig, act_fn: nn.Module):
-        super().__init__()
-        self.gate = MoHGERouter(layer_config)
-        self.experts = MoHGEExperts(config, layer_config, act_fn)
-        self.routed_scaling_factor = config.routed_scaling_factor
-        self.shared_expert = self.shared_expert_gate = None
-        if config.shared_expert_intermediate_size:
-            self.shared_expert = MoHGEMLP(config.hidden_size, config.shared_expert_intermediate_size, act_fn)
-        if config.shared_expert_gate:
-            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        flat_hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing: RouterOutput = self.gate(flat_hidden_states)
-        if (recorded := _under_way()) is not None:
-            recorded.append((_unwrap(self.gate), routing, None))
-        weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
-        if self.shared_expert is None:
-            return self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
-
-        experts = _unwrap(self.experts)
-        if not experts._is_expert_parallel:
-            output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
-            return output + self._shared_output(hidden_states)
-        # Tokens that travel to other ranks leave time to compute the shared expert.
-        shared_output = experts.meanwhile = functools.cache(functools.partial(self._shared_output, hidden_states))
-        try:
-            output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
-        finally:  # gradient checkpointing ends its second run with an exception
-            experts.meanwhile = None
-        return output + shared_output()
-
-    def _shared_output(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        shared = self.shared_expert(hidden_states)
-        if self.shared_expert_gate is not None:
-            shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
-        return shared
-
-
-def _child(module: nn.Module | None, name: str) -> nn.Module | None:
-    return getattr(module, name, None)
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """The module inside the adapter that PEFT may have put around it."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
-
-
-class MoHGEMixtureExperts(MoHGEExperts):
-    """
-    The experts in a mixture that keeps its own router and shared experts.
-
-    `expert_ids` `[E]`, saved with the weights, is the id here of each expert of the router: experts are numbered set
-    by set here, and in any order there. Where the mixture's experts have biases, these have `gate_up_bias_{g}`
-    `[N_g, 2 W_g]` and `down_bias_{g}` `[N_g, H]`.
-
-    Args:
-        config ([`MoHGEConfig`]): Config of the model.
-        layer_config ([`MoHGEConfig`]): Config of the layer.
-        source (`nn.Module`): The experts whose place these take.
-    """
-
-    def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig, source: nn.Module):
-        super().__init__(config, layer_config, activation(source, config.backbone_config))
-        self.has_bias = source.has_bias
-        if self.has_bias:
-            for group, (gate_up, down) in enumerate(self.groups()):
-                self.register_parameter(f"gate_up_bias_{group}", nn.Parameter(torch.empty(gate_up.shape[:2])))
-                self.register_parameter(f"down_bias_{group}", nn.Parameter(torch.empty(down.shape[:2])))
-        function = gate_function(source)
-        if function is not None:
-            self.gate_function, self.act_is_silu = function, False
-            self.interleaves = not source.is_concatenated
-            for name, value in vars(source).items():  # what the function may read, such as the limit of a clamp
-                if isinstance(value, int | float) and not hasattr(self, name):
-                    setattr(self, name, value)
-        self.tables = ExpertTables(layer_config)
-        self.expert_ids: torch.Tensor
-        self.register_buffer("expert_ids", torch.arange(self.num_experts))
-        # Before the hook of expert parallelism, which knows only our ids.
-        self.register_forward_pre_hook(_translate_and_record)
-
-    def biases(self) -> list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:
-        if not self.has_bias:
-            return super().biases()
-        return [(getattr(self, f"gate_up_bias_{g}"), getattr(self, f"down_bias_{g}")) for g in range(self.num_groups)]
-
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        if self.gate_function is not None and self.interleaves:
-            gate_up = gate_up.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        return super()._apply_gate(gate_up)
-
-    def init_weights(self, std: float):
-        super().init_weights(std)
-        init.copy_(self.expert_ids, torch.arange(self.num_experts))
-
-    def fill_tables(self):
-        super().fill_tables()
-        self.tables.fill_tables()
-
-
-def _translate_and_record(experts: MoHGEMixtureExperts, arguments: tuple) -> tuple:
-    hidden_states, top_k_index, top_k_weights = arguments
-    # A router may say that a slot has no expert, by an id that no expert has.
-    empty = top_k_index >= len(experts.expert_ids)
-    top_k_index = experts.expert_ids[top_k_index.masked_fill(empty, 0)].masked_fill(empty, len(experts.expert_ids))
-    if (recorded := _under_way()) is not None:
-        tensors = recorded.pop() if recorded and isinstance(recorded[-1], list) else []
-        # Some routers have a last entry for "no expert".
-        number = len(experts.expert_ids)
-        logits = next((tensor for tensor in tensors if tensor.shape[-1] in (number, number + 1)), None)
-        output = RouterOutput(logits, top_k_weights, top_k_index, None, None)
-        recorded.append((experts.tables, output, experts.expert_ids))
-    return hidden_states, top_k_index, top_k_weights
-
-
-def _record_logits(router: nn.Module, arguments: tuple, output):
-    """Keep what the backbone's router returns until its experts are called."""
-    if (recorded := _under_way()) is not None:
-        output = output if isinstance(output, tuple) else (output,)
-        recorded.append([x for x in output if isinstance(x, torch.Tensor) and x.is_floating_point()])
 
 
 class MoHGEPreTrainedModel(PreTrainedModel):
@@ -422,7 +154,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             if config.keeps_router:
                 found.module.experts = MoHGEMixtureExperts(config, layer_config, found.experts)
                 if found.router is not None:
-                    found.router.register_forward_hook(_record_logits)
+                    found.router.register_forward_hook(record_logits)
             else:
                 act_fn = activation(found.module, config.backbone_config)
                 setattr(found.layer, found.name, MoHGESparseMoeBlock(config, layer_config, act_fn))
@@ -478,8 +210,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def routers(self) -> list[ExpertTables]:
         """The router of each layer that has experts, in order; of the backbone's own, the tables of its experts."""
         if self.config.keeps_router:
-            return [_unwrap(module.experts).tables for module in self.sparse_feed_forwards]
-        return [_unwrap(module.gate) for module in self.sparse_feed_forwards]
+            return [unwrap(module.experts).tables for module in self.sparse_feed_forwards]
+        return [unwrap(module.gate) for module in self.sparse_feed_forwards]
 
     def _forward_backbone(self, arguments: dict, record: bool) -> tuple:
         """The output of the backbone's own forward and, if that is to be recorded, what the routers decided: a pair of
@@ -493,15 +225,15 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             if not self._progress_is_known and router.step_seems_new():
                 self._warn_of_separate_means()
                 router.fold_logit_mean()
-        others = None if is_torchdynamo_compiling() else _under_way()
+        others = None if is_torchdynamo_compiling() else under_way()
         recorded = [] if record or others is not None else None
-        token = _recording.set({} if recorded is None else {"routing": recorded})
+        token = recording.set({} if recorded is None else {"routing": recorded})
         try:
             outputs = super().forward(**arguments)
         finally:
-            _recording.reset(token)
+            recording.reset(token)
         if recorded is not None:
-            recorded = [(router, _by_our_ids(output, ids)) for router, output, ids in recorded]
+            recorded = [(router, by_our_ids(output, ids)) for router, output, ids in recorded]
         if others is not None:
             others.extend(output for _, output in recorded)
         for router in corrected:
@@ -578,7 +310,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             check_ranks_agree(model.config)
             check_layout(model.config, distributed_config)
             if distributed_config.tp_size > 1 == distributed_config.ep_size and any(
-                _unwrap(module.experts).has_bias for module in model.sparse_feed_forwards
+                unwrap(module.experts).has_bias for module in model.sparse_feed_forwards
             ):
                 raise ValueError(
                     f"`tp_size` {distributed_config.tp_size} cannot cut experts that have biases, as those of this "
@@ -717,6 +449,10 @@ def _blank(generic: type[MoHGEPreTrainedModel], source: type[PreTrainedModel]) -
     return cls.__new__(cls)
 
 
+def _child(module: nn.Module | None, name: str) -> nn.Module | None:
+    return getattr(module, name, None)
+
+
 def _pattern(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
@@ -762,7 +498,7 @@ class MoHGEModel(MoHGEPreTrainedModel):
     def forward(self, input_ids: torch.LongTensor | None = None, **kwargs):
         """Run the decoder. Arguments and output are those of the backbone's own model."""
         kwargs["input_ids"] = input_ids
-        if _is_inside():  # of a model with a head, which does what is to be done around a forward
+        if is_inside():  # of a model with a head, which does what is to be done around a forward
             return super().forward(**kwargs)
         self._warn_of_left_out_losses(kwargs)
         return self._forward_backbone(kwargs, record=False)[0]

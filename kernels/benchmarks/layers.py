@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from mohge import MoHGEConfig
-from mohge.modeling_mohge import MoHGEExperts
+from mohge.blocks_mohge import MoHGEExperts
 
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}

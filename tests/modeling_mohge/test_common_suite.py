@@ -116,6 +116,18 @@ class TestGemma3(TestTwoLevel):
 class TestLfm2(TestTwoLevel):
     model_tester_class = Lfm2Tester
 
+    def _get_conv_state_shape(self, batch_size: int, config):
+        return batch_size, config.hidden_size, config.conv_L_cache
+
+    def test_attention_outputs(self):
+        """Of the layers that have attention, which the suite expects of all."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        length = inputs["input_ids"].shape[1]
+        for model_class in self.all_model_classes:
+            model = model_class._from_config(config, attn_implementation="eager").eval()
+            attentions = model(**inputs, output_attentions=True).attentions
+            assert [matrix.shape[1:] for matrix in attentions] == [(config.num_attention_heads, length, length)]
+
 
 class TestMixture(TestTwoLevel):
     model_tester_class = MixtureTester

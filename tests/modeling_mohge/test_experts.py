@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from mohge import MoHGEConfig, MoHGEForCausalLM, experts_mohge
 from mohge.backbones_mohge import is_silu
-from mohge.modeling_mohge import MoHGEExperts
+from mohge.blocks_mohge import MoHGEExperts
 
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm", "mohge", "mohge_prepacked"]

@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.blocks_mohge import MoHGESparseMoeBlock
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
-from mohge.modeling_mohge import MoHGESparseMoeBlock
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.main import main
+from mohge.info import model_without_memory
 from mohge.model_cards.shipped import load_config, shipped_file, shipped_recipes
 from mohge.parallel_mohge import check_layout
 from mohge.training.data.corpus import STANDARD_LIBRARY, train_tokenizer
@@ -136,6 +137,7 @@ def run(options: argparse.Namespace) -> int:
     if own.model is None:
         raise ValueError(f"`model` is missing: name a config, a model or one of {', '.join(shipped_recipes())}")
     config = load_config(own.model)
+    model_without_memory(copy.deepcopy(config))  # which says in one line what cannot be built
     layout = own.layout(config)
     check_sequence_length(own.sequence_length, config)
     sources = parse_sources(own.datasets, "datasets")

@@ -347,6 +347,7 @@ def test_misuse_is_refused_and_leaves_nothing(name, inputs, tmp_path, capsys):
         ("large token", "no tokens of the tokenizer"),
         ("impossible config", "`num_experts_per_tok`"),
         ("other model", '`model_type` "olmoe"'),
+        ("impossible backbone", "transformers cannot build this llama"),
         ("output is a file", "run"),
     ],
 )
@@ -361,10 +362,12 @@ def test_input_that_does_not_fit_is_refused_and_leaves_nothing(kind, reason, inp
     elif kind == "output is a file":
         (tmp_path / "run").write_text("mine")
     else:
-        field = (
-            {"model_type": "olmoe"} if kind == "other model" else {"model_type": "mohge", "num_experts_per_tok": 100}
-        )
-        (tmp_path / "config.json").write_text(json.dumps(field))
+        fields = {
+            "other model": {"model_type": "olmoe"},
+            "impossible config": {"model_type": "mohge", "num_experts_per_tok": 100},
+            "impossible backbone": {"model_type": "mohge", "pad_token_id": 999999},
+        }
+        (tmp_path / "config.json").write_text(json.dumps(fields[kind]))
         values["model"] = tmp_path / "config.json"
     before = contents(tmp_path)
     check_refusal(reason, ["train", *arguments(inputs, tmp_path / "run", **values)], capsys)
