@@ -31,6 +31,7 @@ from mohge.backbones_mohge import (
     replaceable,
     stacked_experts,
 )
+from mohge.llama4_mohge import adapt_llama4
 
 
 class Expert(NamedTuple):
@@ -168,6 +169,10 @@ class Decoder:
         config._experts_implementation = "eager"  # works on one expert at a time
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        try:
+            adapt_llama4(self.model)
+        except ValueError as error:
+            self.refuse(str(error))
         for name, buffer in list(self.model.named_non_persistent_buffers()):
             parent, _, own_name = name.rpartition(".")
             setattr(self.model.get_submodule(parent), own_name, torch.empty_like(buffer, device="cpu"))

@@ -20,6 +20,8 @@ from transformers.integrations.moe import _default_apply_gate
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .llama4_mohge import adapt_llama4
+
 
 FEED_FORWARD_NAMES = ("block_sparse_moe", "mlp", "feed_forward", "mlp_block", "ffn", "shared_mlp", "mixer")
 """Attributes of a decoder layer that may hold its feed-forward."""
@@ -158,19 +160,20 @@ def backbone_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     The model of a text decoder's config, without memory for its weights.
 
     Raises:
-        ValueError: if transformers has no causal language model for the config.
+        ValueError: if transformers has no causal language model for the config, or it can be none of ours.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f'transformers has no causal language model for `model_type` "{config.model_type}" alone')
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](copy.deepcopy(config))
+    adapt_llama4(model)
+    return model
 
 
 def reason_against(config: PreTrainedConfig, keeps_router: bool) -> str | None:
     """Why the feed-forward of a text decoder cannot be replaced, or the experts of a mixture alone; None if it can."""
-    model = backbone_on_meta(config)
     try:
-        replaceable(model, keeps_router)
+        replaceable(backbone_on_meta(config), keeps_router)
     except ValueError as error:
         return str(error)
     return None
@@ -190,9 +193,8 @@ def _has_experts(config: PreTrainedConfig) -> list[bool]:
     """Whether each layer has experts; empty where the feed-forwards are not found."""
     key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
     if key not in _HAS_EXPERTS:
-        model = backbone_on_meta(config)
         try:
-            _HAS_EXPERTS[key] = [found.experts is not None for found in feed_forwards(model)]
+            _HAS_EXPERTS[key] = [found.experts is not None for found in feed_forwards(backbone_on_meta(config))]
         except ValueError:
             _HAS_EXPERTS[key] = []
     return _HAS_EXPERTS[key]

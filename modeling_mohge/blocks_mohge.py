@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import CompileableContextVar
 from .backbones_mohge import activation, gate_function, is_silu
 from .configuration_mohge import MoHGEConfig
 from .experts_mohge import HeterogeneousExpertsInterface
+from .llama4_mohge import scale_input
 from .routing_mohge import ExpertTables, MoHGERouter, RouterOutput
 
 
@@ -251,6 +252,8 @@ class MoHGEMixtureExperts(MoHGEExperts):
         self.register_buffer("expert_ids", torch.arange(self.num_experts))
         # Before the hook of expert parallelism, which knows only our ids.
         self.register_forward_pre_hook(_translate_and_record)
+        if getattr(source, "scales_input", False):
+            self.register_forward_pre_hook(scale_input)
 
     def biases(self) -> list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:
         if not self.has_bias:

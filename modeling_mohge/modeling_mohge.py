@@ -49,6 +49,7 @@ from .blocks_mohge import (
     unwrap,
 )
 from .configuration_mohge import ROUTER_COEFFICIENTS, MoHGEConfig
+from .llama4_mohge import adapt_llama4
 from .losses_mohge import (
     RouterLosses,
     at_least_one,
@@ -138,6 +139,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         config._experts_implementation_internal = self._check_and_adjust_experts_implementation(
             config._experts_implementation
         )
+        adapt_llama4(self)
         self._sparse_paths = self._replace_feed_forwards()
         self._adopt_base_model()
         if config.router_logit_ema_strength:

@@ -80,6 +80,7 @@ _SPECIAL = {
     "kimi_linear": {"layer_types": _LINEAR, "mlp_layer_types": ["dense", "sparse"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"num_experts_per_tok": 1, "intermediate_size": 24, "moe_layers": [1]},
     "longcat_flash": {"num_layers": 1, "zero_expert_num": 2, "expert_ffn_hidden_size": 24, "ffn_hidden_size": 48},
     "mamba2": {"num_heads": 8},
     "qwen3_5_text": {"layer_types": _LINEAR},

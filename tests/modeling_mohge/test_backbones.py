@@ -14,6 +14,7 @@ from mohge.backbones_mohge import (
     reason_against,
     stacked_experts,
 )
+from mohge.llama4_mohge import adapt_llama4
 
 
 _REASONS = {
@@ -42,8 +43,6 @@ _REASONS = {
     "hrm_text": "HrmTextForCausalLM has no list of decoder layers with a feed-forward of a known name",
     "jais2": "Jais2MLP has biases, which our feed-forwards have not",
     "jetmoe": "JetMoeMoE has parameters beside those of its projections",
-    "llama4": "Llama4TextExperts does not follow transformers' interface for experts",
-    "llama4_text": "Llama4TextExperts does not follow transformers' interface for experts",
     "longcat_flash": "LongcatFlashExperts does not follow transformers' interface for experts",
     "mamba": "MambaMixer takes more than the hidden states",
     "mamba2": "Mamba2Mixer takes more than the hidden states",
@@ -74,8 +73,12 @@ def test_the_swapped_model_computes_what_the_source_computes(model_type, tmp_pat
         return
     torch.manual_seed(0)
     source = AutoModelForCausalLM.from_config(config).eval()
+    adapted = adapt_llama4(source)
     swap = swap_experts if mixture else swap_feed_forward
     model = swap(source)
+    if adapted:
+        weights, source = source.state_dict(), AutoModelForCausalLM.from_config(config).eval()
+        source.load_state_dict(weights)
     ids = torch.randint(3, 60, (2, 7))
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
@@ -190,3 +193,11 @@ def assert_trains(model, source, ids):
         without -= {name for name, parameter in source.named_parameters() if parameter.grad is None}
     assert not without
     model.eval()
+
+
+def test_scaled_inputs_of_several_experts_are_refused():
+    config = tiny_config("llama4_text", num_experts_per_tok=2)
+    assert "scales the input of 2 experts" in reason_against(config, keeps_router=True)
+    groups = {"moe_intermediate_sizes": [8, 16], "num_experts_per_group": 3}
+    with pytest.raises(ValueError, match="scales the input of 2 experts"):
+        MoHGEForCausalLM(MoHGEConfig(backbone_config=config, router_type="source", mlp_only_layers=[0], **groups))
