@@ -139,6 +139,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         config._experts_implementation_internal = self._check_and_adjust_experts_implementation(
             config._experts_implementation
         )
+        self._set_experts_of_backbone()
         adapt_llama4(self)
         self._sparse_paths = self._replace_feed_forwards()
         self._adopt_base_model()
@@ -335,6 +336,19 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
         return super().get_correct_experts_implementation(requested_experts or "mohge")
+
+    def set_experts_implementation(self, experts_implementation: str | dict):
+        """See `PreTrainedModel.set_experts_implementation`."""
+        super().set_experts_implementation(experts_implementation)
+        self._set_experts_of_backbone()
+
+    def _set_experts_of_backbone(self):
+        """Layers may keep the backbone's own experts, for which ours are not made."""
+        chosen = self.config._experts_implementation
+        chosen = None if chosen.startswith("mohge") else chosen
+        self.config.backbone_config._experts_implementation_internal = super().get_correct_experts_implementation(
+            chosen
+        )
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -201,3 +201,24 @@ def test_scaled_inputs_of_several_experts_are_refused():
     groups = {"moe_intermediate_sizes": [8, 16], "num_experts_per_group": 3}
     with pytest.raises(ValueError, match="scales the input of 2 experts"):
         MoHGEForCausalLM(MoHGEConfig(backbone_config=config, router_type="source", mlp_only_layers=[0], **groups))
+
+
+@pytest.mark.parametrize("router_type", ["source", "top_k"])
+def test_a_mixture_may_keep_its_own_experts_in_some_layers(router_type):
+    backbone = tiny_config("olmoe")
+    more = {} if router_type == "source" else {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 0}
+    groups = {"moe_intermediate_sizes": [8, 24], "num_experts_per_group": 3}
+    config = MoHGEConfig(backbone_config=backbone, router_type=router_type, mlp_only_layers=[0], **groups, **more)
+    torch.manual_seed(0)
+    model = MoHGEForCausalLM(config).eval()
+    source = AutoModelForCausalLM.from_config(backbone).eval()
+    source.load_state_dict(model.state_dict(), strict=False)
+    assert type(model.model.layers[0].mlp) is type(source.model.layers[0].mlp)
+    ids = torch.randint(3, 60, (2, 7))
+    outputs = [
+        each(ids, output_hidden_states=True, output_router_logits=True).hidden_states[1] for each in (model, source)
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    logits = model(ids).logits
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, logits, rtol=1e-5, atol=1e-5)
