@@ -20,8 +20,8 @@ DENSE = ["cohere2", "exaone4", "falcon_h1", "gemma2", "gemma3_text", "gemma3n_te
 DENSE += ["lfm2", "llama", "ministral", "mistral", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_5_text"]
 DENSE += ["seed_oss", "smollm3"]
 MIXTURES = ["deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe", "glm_moe_dsa", "gpt_oss"]
-MIXTURES += ["granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "hy_v4", "llama4_text", "minimax_m2", "mixtral", "olmoe"]
-MIXTURES += ["phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "zaya"]
+MIXTURES += ["granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "hy_v4", "llama4_text", "minimax_m2", "mixtral"]
+MIXTURES += ["olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "zaya"]
 SHARED = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
