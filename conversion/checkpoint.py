@@ -21,10 +21,12 @@ from .decoders import Decoder, own
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SIDE_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-SIDE_FILES += ("tekken.json", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor_config.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+TOKENIZER_FILES += ("tekken.json", "*.tiktoken")
+"""What a tokenizer may be made of."""
+SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "additional_chat_templates/*", "*processor_config.json")
 SIDE_FILES += ("generation_config.json", "LICENSE*", "NOTICE*")
-"""What is copied from a source as it is."""
+"""What belongs to a model beside its config and weights."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 """Of tables such as the one that says which expert here is which of the source's router."""
@@ -46,10 +48,12 @@ def read_config(folder: Path) -> dict:
     return fields
 
 
-def find_source(source: str, revision: str | None, check: Callable[[dict], object]) -> tuple[Path, str | None, dict]:
+def find_source(
+    source: str, revision: str | None, check: Callable[[Path, dict], object]
+) -> tuple[Path, str | None, dict]:
     """
     The folder of `source`, a local folder or a Hub id, the commit if it came from the Hub, and its config.json. From
-    the Hub, weights are fetched after `check` has accepted the config.
+    the Hub, weights are fetched after `check` has accepted the folder of all else and the config.
 
     Raises:
         ValueError: if there is no such folder, and no such repository on the Hub or in its local cache.
@@ -59,14 +63,14 @@ def find_source(source: str, revision: str | None, check: Callable[[dict], objec
         if revision is not None:
             raise ValueError(f"`revision` applies to a source on the Hub, and {source} is a folder: leave it out")
         fields = read_config(path)
-        check(fields)
+        check(path, fields)
         return path, None, fields
     if path.exists() or source.count("/") > 1:
         raise ValueError(f"{source} is not a folder: give the folder of a checkpoint, or a Hub id such as org/name")
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", INDEX, *SIDE_FILES]))
         fields = read_config(path)
-        check(fields)
+        check(path, fields)
         shards = _indexed(path / INDEX) if (path / INDEX).is_file() else [SINGLE]
         snapshot_download(source, revision=path.name, allow_patterns=shards)
     except (OSError, HFValidationError) as error:

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 from backbone_cases import tiny_config
-from conversion_cases import assert_refused, assert_same_tensors, calibration, load, logits, read_report, tensors
+from conversion_cases import (
+    add_tokenizer,
+    assert_refused,
+    assert_same_tensors,
+    calibration,
+    load,
+    logits,
+    read_report,
+    tensors,
+)
 from model_cases import assert_close, make_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
@@ -150,12 +159,14 @@ def test_adapter_of_the_source_works_on_the_result(tmp_path):
 
 def test_what_travels_along(tmp_path):
     make_source("llama", tmp_path / "source")
-    files = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tekken.json", "spiece.model"]
+    add_tokenizer(tmp_path / "source")
+    files = ["chat_template.jinja", "tokenizer.json", "tekken.json", "spiece.model"]
     files += ["additional_chat_templates/tool.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE"]
     for file in files:
         (tmp_path / "source" / file).parent.mkdir(exist_ok=True)
-        (tmp_path / "source" / file).write_text(f"content of {file}")
+        if file != "tokenizer.json":
+            (tmp_path / "source" / file).write_text(f"content of {file}")
     options = {"mode": "copy", "widths": [48], "experts_per_group": 2, "top_k": 1}
     run(tmp_path / "source", tmp_path / "out", **options)
     for file in files:
-        assert (tmp_path / "out" / file).read_text() == f"content of {file}"
+        assert (tmp_path / "out" / file).read_text() == (tmp_path / "source" / file).read_text()
