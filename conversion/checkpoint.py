@@ -128,7 +128,10 @@ class Checkpoint:
             return [SINGLE]
         if not index.is_file():
             reason = f"shards but no {INDEX}" if any(self.folder.glob("*.safetensors")) else "no safetensors weights"
-            raise ValueError(f"{self.folder} has {reason}: give the folder of a complete checkpoint")
+            raise ValueError(
+                f"{self.folder} has {reason}: give the folder of a complete checkpoint; one of .bin files has to be "
+                "loaded and saved again with `save_pretrained`"
+            )
         names = _indexed(index)
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
@@ -194,16 +197,22 @@ class NamedTensors:
         known = {**expected, **tied}
         self._parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
         """Name of the first tensor that is made -> the tensors on the disk it is made of, and what they match."""
+        copies = {}
         for name in sorted(checkpoint.shapes, key=_natural):
             first, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             if first not in known and name in known:
                 first, pattern = name, None
             if first in tied:
-                self._check_tied(name, tied[first])
+                copies[name] = tied[first]
             elif first in expected:
                 self._parts[first].append((name, pattern))
             elif not name.endswith("rotary_emb.inv_freq") and not any(i.search(name) for i in ignored):
                 self._refuse_lost(name)
+        for name, first in copies.items():
+            if first in self._parts:
+                self._check_tied(name, first)
+            else:  # the tied matrix is there under the other of its names
+                self._parts[first].append((name, None))
         self._first: dict[str, str] = {}
         """Name of a tensor -> first name of those that are made with it."""
         for first, parts in self._parts.items():
@@ -216,16 +225,13 @@ class NamedTensors:
             if name not in self._first:
                 raise ValueError(f"{checkpoint.folder} lacks the tensor {name}: its config.json asks for it")
 
-    def _check_tied(self, name: str, to: str):
-        source = next((n for n in self.checkpoint.shapes if n.endswith(to)), None)
-        if source is not None:
-            with self.checkpoint.open() as read:
-                if torch.equal(read(name), read(source)):
-                    return
-        raise ValueError(
-            f"{name} in {self.checkpoint.folder} differs from the embedding, but its config.json ties them: set "
-            "`tie_word_embeddings` to false"
-        )
+    def _check_tied(self, name: str, first: str):
+        with self.checkpoint.open() as read:
+            if not torch.equal(read(name), self._make(first, read)[first]):
+                raise ValueError(
+                    f"{name} in {self.checkpoint.folder} differs from the embedding, but its config.json ties them: "
+                    "set `tie_word_embeddings` to false"
+                )
 
     def _refuse_lost(self, name: str):
         raise ValueError(
