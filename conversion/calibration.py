@@ -1,11 +1,10 @@
 """Text for calibration, as blocks of tokens."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .decoders import MoHGE, Source
 from .recipe import Recipe
@@ -35,7 +34,9 @@ def random_tokens(source: Source | MoHGE, seed: int) -> Tokens:
     return Tokens(torch.randint(config.vocab_size, size, generator=generator), size[0], False)
 
 
-def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig, observed: bool) -> Tokens:
+def read_tokens(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, observed: bool
+) -> Tokens:
     """
     Tokenise `recipe.calibration` with the source's tokenizer: documents one after the other, each ended by the
     end-of-sequence token, cut into blocks. A column `input_ids` is taken as it is. An eighth of the blocks is held
@@ -53,7 +54,7 @@ def read_tokens(recipe: Recipe, source: Path, config: PreTrainedConfig, observed
             f"`calibration_length` ({length}): raise it, or shorten the sequences"
         )
     ids: list[int] = []
-    for document in _documents(recipe, source):
+    for document in _documents(recipe, tokenizer):
         ids.extend(document)
         if len(ids) >= wanted:
             break
@@ -78,10 +79,9 @@ def _at_most(config: PreTrainedConfig, length: int) -> int:
     return min(length, getattr(config, "max_position_embeddings", length))
 
 
-def _documents(recipe: Recipe, source: Path) -> Iterator[list[int]]:
+def _documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[list[int]]:
     """The tokens of each document, or piece of one."""
     name, column = recipe.calibration, recipe.calibration_column
-    tokenizer = None
     for row in _rows(recipe):
         if "input_ids" in row:
             ids = row["input_ids"]
@@ -100,7 +100,11 @@ def _documents(recipe: Recipe, source: Path) -> Iterator[list[int]]:
                 f"`calibration` {name} has something else than text in its column `{column}`: name another"
             )
         if text and text.strip():
-            tokenizer = tokenizer or _tokenizer(source)
+            if tokenizer is None:
+                raise ValueError(
+                    f"{recipe.source} has no tokenizer: put one there, or give calibration data with a column "
+                    "`input_ids`"
+                )
             ends = not row.get("continues") and tokenizer.eos_token_id is not None
             yield tokenizer(text, verbose=False)["input_ids"] + ([tokenizer.eos_token_id] if ends else [])
 
@@ -115,13 +119,3 @@ def _rows(recipe: Recipe) -> Iterator[dict]:
         yield from read_rows(source, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"`calibration` {name} cannot be read ({error})") from error
-
-
-def _tokenizer(source: Path):
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{source} has no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}): put one "
-            "there, or give calibration data with a column `input_ids`"
-        ) from error

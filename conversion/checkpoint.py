@@ -21,10 +21,12 @@ from .decoders import Decoder, own
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SIDE_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-SIDE_FILES += ("tekken.json", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor_config.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+TOKENIZER_FILES += ("tekken.json", "*.tiktoken")
+"""What a tokenizer may be made of."""
+SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "additional_chat_templates/*", "*processor_config.json")
 SIDE_FILES += ("generation_config.json", "LICENSE*", "NOTICE*")
-"""What is copied from a source as it is."""
+"""What belongs to a model beside its config and weights."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 """Of tables such as the one that says which expert here is which of the source's router."""
@@ -46,10 +48,12 @@ def read_config(folder: Path) -> dict:
     return fields
 
 
-def find_source(source: str, revision: str | None, check: Callable[[dict], object]) -> tuple[Path, str | None, dict]:
+def find_source(
+    source: str, revision: str | None, check: Callable[[Path, dict], object]
+) -> tuple[Path, str | None, dict]:
     """
     The folder of `source`, a local folder or a Hub id, the commit if it came from the Hub, and its config.json. From
-    the Hub, weights are fetched after `check` has accepted the config.
+    the Hub, weights are fetched after `check` has accepted the folder of all else and the config.
 
     Raises:
         ValueError: if there is no such folder, and no such repository on the Hub or in its local cache.
@@ -59,14 +63,14 @@ def find_source(source: str, revision: str | None, check: Callable[[dict], objec
         if revision is not None:
             raise ValueError(f"`revision` applies to a source on the Hub, and {source} is a folder: leave it out")
         fields = read_config(path)
-        check(fields)
+        check(path, fields)
         return path, None, fields
     if path.exists() or source.count("/") > 1:
         raise ValueError(f"{source} is not a folder: give the folder of a checkpoint, or a Hub id such as org/name")
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", INDEX, *SIDE_FILES]))
         fields = read_config(path)
-        check(fields)
+        check(path, fields)
         shards = _indexed(path / INDEX) if (path / INDEX).is_file() else [SINGLE]
         snapshot_download(source, revision=path.name, allow_patterns=shards)
     except (OSError, HFValidationError) as error:
@@ -124,7 +128,10 @@ class Checkpoint:
             return [SINGLE]
         if not index.is_file():
             reason = f"shards but no {INDEX}" if any(self.folder.glob("*.safetensors")) else "no safetensors weights"
-            raise ValueError(f"{self.folder} has {reason}: give the folder of a complete checkpoint")
+            raise ValueError(
+                f"{self.folder} has {reason}: give the folder of a complete checkpoint; one of .bin files has to be "
+                "loaded and saved again with `save_pretrained`"
+            )
         names = _indexed(index)
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
@@ -190,16 +197,22 @@ class NamedTensors:
         known = {**expected, **tied}
         self._parts: dict[str, list[tuple[str, str | None]]] = defaultdict(list)
         """Name of the first tensor that is made -> the tensors on the disk it is made of, and what they match."""
+        copies = {}
         for name in sorted(checkpoint.shapes, key=_natural):
             first, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
             if first not in known and name in known:
                 first, pattern = name, None
             if first in tied:
-                self._check_tied(name, tied[first])
+                copies[name] = tied[first]
             elif first in expected:
                 self._parts[first].append((name, pattern))
             elif not name.endswith("rotary_emb.inv_freq") and not any(i.search(name) for i in ignored):
                 self._refuse_lost(name)
+        for name, first in copies.items():
+            if first in self._parts:
+                self._check_tied(name, first)
+            else:  # the tied matrix is there under the other of its names
+                self._parts[first].append((name, None))
         self._first: dict[str, str] = {}
         """Name of a tensor -> first name of those that are made with it."""
         for first, parts in self._parts.items():
@@ -212,16 +225,13 @@ class NamedTensors:
             if name not in self._first:
                 raise ValueError(f"{checkpoint.folder} lacks the tensor {name}: its config.json asks for it")
 
-    def _check_tied(self, name: str, to: str):
-        source = next((n for n in self.checkpoint.shapes if n.endswith(to)), None)
-        if source is not None:
-            with self.checkpoint.open() as read:
-                if torch.equal(read(name), read(source)):
-                    return
-        raise ValueError(
-            f"{name} in {self.checkpoint.folder} differs from the embedding, but its config.json ties them: set "
-            "`tie_word_embeddings` to false"
-        )
+    def _check_tied(self, name: str, first: str):
+        with self.checkpoint.open() as read:
+            if not torch.equal(read(name), self._make(first, read)[first]):
+                raise ValueError(
+                    f"{name} in {self.checkpoint.folder} differs from the embedding, but its config.json ties them: "
+                    "set `tie_word_embeddings` to false"
+                )
 
     def _refuse_lost(self, name: str):
         raise ValueError(

@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.backbones_mohge import FeedForward
 from mohge.model_cards.card import make_card
@@ -28,6 +29,7 @@ from .plan import Plan
 from .receipt import LogitComparison, make_report
 from .staging import Staging, write_file
 from .streams import Stream
+from .tokenizer import about, compare
 
 
 _BATCH_TOKENS = 4096
@@ -52,7 +54,7 @@ def convert(plan: Plan, progress: bool = False) -> dict:
     if plan.recipe.calibration is None:
         tokens = random_tokens(plan.source, plan.recipe.seed)
     else:
-        tokens = read_tokens(plan.recipe, plan.checkpoint.folder, plan.source.config, plan.mode.observes)
+        tokens = read_tokens(plan.recipe, plan.tokenizer, plan.source.config, plan.mode.observes)
         fitted = tokens.ids[: -tokens.held_out].numel()
         if plan.mode.observes and fitted < plan.target.config.num_experts:
             raise ValueError(
@@ -101,6 +103,8 @@ class _Conversion:
 
     def run(self) -> dict:
         plan, staging = self.plan, self.staging
+        folder = staging.prepare()
+        tokenizer = self._write_side_files(folder)
         with plan.tensors.open() as read:
             outer = {name: read(name) for name in plan.source.outer_names}
         sealed = self._copy_outer(outer)
@@ -116,8 +120,12 @@ class _Conversion:
             future.result()
         layers = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
         logits = self._compare_logits().result(self.tokens.text)
-        report = make_report(plan, self.tokens, self.fitted_tokens, staging.index(), layers, logits)
-        self._finish(report)
+        report = make_report(plan, self.tokens, self.fitted_tokens, staging.index(), layers, logits, tokenizer)
+        write_file(folder / "conversion_recipe.yaml", plan.mode.resolved(plan.revision).to_yaml())
+        write_file(folder / "conversion_report.json", json.dumps(report, indent=2) + "\n")
+        config = plan.target.config if isinstance(plan.target, MoHGE) else None
+        write_file(folder / "README.md", str(make_card(folder, Path(plan.recipe.output).name, config)))
+        staging.finish()
         return report
 
     def _seal(self, number: int, report: Path, notes: dict):
@@ -257,20 +265,22 @@ class _Conversion:
             logits = (source.logits(ids, Passed(*passed), positions).flatten(0, 1) for passed in last)
             yield targets[:, positions].flatten(), *logits
 
-    def _finish(self, report: dict):
-        plan, folder = self.plan, self.staging.folder
-        for pattern in SIDE_FILES:
-            for file in filter(Path.is_file, self.plan.checkpoint.folder.glob(pattern)):
-                copied = folder / file.relative_to(self.plan.checkpoint.folder)
+    def _write_side_files(self, folder: Path) -> dict | None:
+        """Write config, code, tokenizer and what else belongs to a model; what the receipt says of the tokenizer."""
+        source, tokenizer = self.plan.checkpoint.folder, self.plan.tokenizer
+        self._write_config(folder)
+        for file in (file for pattern in SIDE_FILES for file in source.glob(pattern)):
+            if file.is_file():
+                copied = folder / file.relative_to(source)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
-        write_file(folder / "conversion_recipe.yaml", plan.mode.resolved(plan.revision).to_yaml())
-        write_file(folder / "conversion_report.json", json.dumps(report, indent=2) + "\n")
-        config = plan.target.config if isinstance(plan.target, MoHGE) else None
-        write_file(folder / "README.md", str(make_card(folder, Path(plan.recipe.output).name, config)))
-        if isinstance(plan.target, MoHGE):
-            save_code(folder)
-        self.staging.finish(self._write_config)
+        if tokenizer is None:
+            return None
+        # AutoTokenizer decides by the model's kind too, which changes: what it has chosen is named. The files stay, as
+        # a class does not save all that it reads.
+        fields = get_tokenizer_config(source) | {"tokenizer_class": type(tokenizer).__name__}
+        write_file(folder / "tokenizer_config.json", json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+        return about(tokenizer, self.plan.source.config.vocab_size) | compare(tokenizer, folder)
 
     def _write_config(self, folder: Path):
         plan, config = self.plan, self.plan.target.config
@@ -285,6 +295,7 @@ class _Conversion:
             config.source_config = plan.fields
         config.architectures, config.auto_map = ["MoHGEForCausalLM"], dict(AUTO_MAP)
         config.save_pretrained(folder)
+        save_code(folder)
 
 
 def _measured(found: FeedForward) -> nn.Module:

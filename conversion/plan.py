@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mohge.info import ParameterCounts, parameter_counts
 
@@ -11,6 +12,7 @@ from .checkpoint import Checkpoint, NamedTensors, find_source
 from .decoders import MoHGE, Source, make_decoder
 from .modes import MODES, Mode
 from .recipe import Recipe
+from .tokenizer import about, describe, load_tokenizer
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Plan:
     """The source's config.json."""
     checkpoint: Checkpoint
     tensors: NamedTensors
+    tokenizer: PreTrainedTokenizerBase | None
     mode: Mode
     before: ParameterCounts
     after: ParameterCounts
@@ -52,6 +55,8 @@ class Plan:
         if config.sparse_layers and not config.is_heterogeneous:
             groups = zip(config.expert_counts, config.moe_intermediate_sizes, strict=True)
             lines["expert groups"] = ", ".join(f"{count} of width {width}" for count, width in groups)
+        if self.tokenizer is not None:
+            lines["tokenizer"] = describe(about(self.tokenizer, config.vocab_size))
         return "\n".join(f"{name:<22}  {value}" for name, value in lines.items())
 
 
@@ -71,15 +76,20 @@ def make_plan(recipe: Recipe) -> Plan:
             fields["dtype"] = str(dtype).removeprefix("torch.")
         return MODES[recipe.mode](recipe, make_decoder(fields))
 
+    def check(folder: Path, fields: dict):
+        nonlocal tokenizer
+        mode_for(fields)
+        tokenizer = load_tokenizer(folder)
+
     # The mode is tried on the config before weights are fetched, and made again when their dtype is known.
-    folder, revision, fields = find_source(recipe.source, recipe.revision, mode_for)
+    tokenizer = None
+    folder, revision, fields = find_source(recipe.source, recipe.revision, check)
     checkpoint = Checkpoint(folder)
     mode = mode_for(fields, checkpoint.dtype)
     tensors = NamedTensors(checkpoint, mode.source)
     before, after = (parameter_counts(decoder.equivalent) for decoder in (mode.source, mode.target))
-    return Plan(
-        recipe, revision, fields, checkpoint, tensors, mode, before, after, checkpoint.dtype.itemsize * after.total
-    )
+    size = checkpoint.dtype.itemsize * after.total
+    return Plan(recipe, revision, fields, checkpoint, tensors, tokenizer, mode, before, after, size)
 
 
 def _check_output(output: Path):

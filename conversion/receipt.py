@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .calibration import Tokens
 from .plan import Plan
+from .tokenizer import describe
 
 
 EXACT = 1e-5
@@ -47,9 +48,18 @@ class LogitComparison:
         }
 
 
-def make_report(plan: Plan, tokens: Tokens, fitted_tokens: int, size: int, layers: list[dict], logits: dict) -> dict:
+def make_report(
+    plan: Plan,
+    tokens: Tokens,
+    fitted_tokens: int,
+    size: int,
+    layers: list[dict],
+    logits: dict,
+    tokenizer: dict | None,
+) -> dict:
     """The receipt. `fitted_tokens` is the number of tokens that statistics were taken over, `size` the bytes of the
-    weights; `layers` has what was measured in each layer."""
+    weights; `layers` has what was measured in each layer, `tokenizer` what was found of it, None where there is
+    none."""
     recipe, mode = plan.recipe, plan.mode
     report = {
         "mode": mode.name,
@@ -63,6 +73,7 @@ def make_report(plan: Plan, tokens: Tokens, fitted_tokens: int, size: int, layer
         "bytes_written": size,
         "layers": layers,
         "logits": logits,
+        "tokenizer": tokenizer,
         "check": {
             "tokens": tokens.held_out * tokens.ids.shape[1],
             "text": "calibration" if tokens.text else "random",
@@ -87,6 +98,12 @@ def judge(report: dict, max_kl: float | None) -> list[str]:
             failures.append(f"logits: median relative error {error:.2g} > {EXACT:g}")
     if max_kl is not None and not report["logits"]["kl"] <= max_kl:
         failures.append(f"logits: KL divergence {report['logits']['kl']:.4g} > --max-kl {max_kl:g}")
+    tokenizer = report["tokenizer"]
+    if tokenizer is not None and (different := tokenizer["different"]):
+        failures.append(
+            f"tokenizer: {tokenizer['class']} became {tokenizer['class_after']}, which changes {len(different)} of "
+            f"{tokenizer['texts']} texts, such as {different[0]!r}"
+        )
     return failures
 
 
@@ -112,6 +129,8 @@ def summary(report: dict) -> str:
     }
     if logits["perplexity_before"] is not None:
         facts["perplexity"] = f"{logits['perplexity_before']:.4g} -> {logits['perplexity_after']:.4g}"
+    if report["tokenizer"] is not None:
+        facts["tokenizer"] = describe(report["tokenizer"])
     width = max(map(len, facts))
     exact = "exact" if report["exact"] else "not exact"
     return "\n".join(

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ class Staging:
         self.folder = output.parent / f".{output.name}.partial"
         self.scratch = output.parent / f".{output.name}.scratch"
         self.scratch.mkdir(parents=True, exist_ok=True)
+        self._prepared = self.scratch / "prepared"
         self._lock = FileLock(self.scratch / "lock")
         try:
             self._lock.acquire(timeout=0)
@@ -106,15 +106,19 @@ class Staging:
         write_file(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
         return size
 
-    def finish(self, write_config: Callable[[Path], None]):
-        """Give the folder the config, without which nothing loads, and at once its name."""
-        prepared = self.scratch / "config"
-        prepared.mkdir(exist_ok=True)
-        write_config(prepared)
-        for path in prepared.iterdir():
-            if path.name != "config.json":
-                os.replace(path, self.folder / path.name)
-        os.replace(prepared / "config.json", self.folder / "config.json")
+    def prepare(self) -> Path:
+        """An empty folder for what lies beside the weights."""
+        shutil.rmtree(self._prepared, ignore_errors=True)
+        self._prepared.mkdir()
+        return self._prepared
+
+    def finish(self):
+        """Give the folder what was prepared, last the config, without which nothing loads, and at once its name."""
+        files = filter(Path.is_file, self._prepared.rglob("*"))
+        for path in sorted(files, key=lambda path: path.name == "config.json"):
+            target = self.folder / path.relative_to(self._prepared)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
         self.folder.rename(self.output)
 
 

@@ -5,14 +5,24 @@ import copy
 import pytest
 import torch
 from backbone_cases import tiny_config
-from conversion_cases import assert_refused, assert_same_tensors, calibration, load, logits, read_report, tensors
+from conversion_cases import (
+    add_tokenizer,
+    assert_refused,
+    assert_same_tensors,
+    calibration,
+    load,
+    logits,
+    read_report,
+    tensors,
+)
 from model_cases import assert_close, make_ids
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from mohge.commands.main import main
 from mohge.conversion import convert, listing, load_recipe, make_plan
-from mohge.conversion.checkpoint import read_config
+from mohge.conversion.checkpoint import Checkpoint, NamedTensors, read_config
 from mohge.conversion.decoders import make_decoder
 
 
@@ -36,6 +46,13 @@ def make_source(model_type, folder, **fields):
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **fields))
     model.save_pretrained(folder)
     return load(folder)
+
+
+def read_source(folder):
+    """All tensors of a checkpoint, by the names that transformers has for them."""
+    decoder = make_decoder(read_config(folder))
+    with NamedTensors(Checkpoint(folder), decoder).open() as read:
+        return {name: read(name) for name in decoder.tensors}
 
 
 def run(source, output, **options):
@@ -72,6 +89,8 @@ def test_dense(model_type, fields, tmp_path):
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_mixture(model_type, tmp_path):
     model = make_source(model_type, tmp_path / "source")
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False, max_shard_size="20KB")
+    assert_same_tensors(*(read_source(tmp_path / layout) for layout in ("stacked", "source")))
     plan = run(tmp_path / "source", tmp_path / "out", mode="regroup", experts_per_group=3)
     assert_runs_by_layers(plan, model)
     assert_close(logits(load(tmp_path / "out"), IDS), logits(model, IDS))
@@ -148,14 +167,26 @@ def test_adapter_of_the_source_works_on_the_result(tmp_path):
     assert_close(logits(ours.merge_and_unload(), IDS), logits(adapted, IDS))
 
 
+def test_tied_matrix_under_the_name_of_the_head(tmp_path):
+    """Both names are one matrix, and a checkpoint may have either."""
+    model = make_source("llama", tmp_path / "source", tie_word_embeddings=True)
+    weights = tensors(tmp_path / "source")
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    run(tmp_path / "source", tmp_path / "out", mode="copy", widths=[48], experts_per_group=2, top_k=1)
+    assert_close(logits(load(tmp_path / "out"), IDS), logits(model, IDS))
+
+
 def test_what_travels_along(tmp_path):
     make_source("llama", tmp_path / "source")
-    files = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tekken.json", "spiece.model"]
+    add_tokenizer(tmp_path / "source")
+    files = ["chat_template.jinja", "tokenizer.json", "tekken.json", "spiece.model"]
     files += ["additional_chat_templates/tool.jinja", "preprocessor_config.json", "processor_config.json", "LICENSE"]
     for file in files:
         (tmp_path / "source" / file).parent.mkdir(exist_ok=True)
-        (tmp_path / "source" / file).write_text(f"content of {file}")
+        if file != "tokenizer.json":
+            (tmp_path / "source" / file).write_text(f"content of {file}")
     options = {"mode": "copy", "widths": [48], "experts_per_group": 2, "top_k": 1}
     run(tmp_path / "source", tmp_path / "out", **options)
     for file in files:
-        assert (tmp_path / "out" / file).read_text() == f"content of {file}"
+        assert (tmp_path / "out" / file).read_text() == (tmp_path / "source" / file).read_text()

@@ -263,15 +263,15 @@ def test_text_is_read_in_pieces_and_only_as_far_as_needed(tmp_path, monkeypatch)
     monkeypatch.setattr(packing, "_PIECE", 500)
     options = {"source": str(source), "output": "out", "mode": "trim", "calibration_length": 10}
     few = load_recipe(None, **options, calibration=str(tmp_path / "text.txt"), calibration_tokens=100)
-    ids = calibration_module.read_tokens(few, source, config, True).ids
+    ids = calibration_module.read_tokens(few, tokenizer, config, True).ids
     assert ids.flatten().tolist() == whole[:100]
     assert len(read) == 1
     many = load_recipe(None, **options, calibration=str(tmp_path / "text.txt"), calibration_tokens=8000)
-    assert calibration_module.read_tokens(many, source, config, True).ids.flatten().tolist() == whole[:8000]
+    assert calibration_module.read_tokens(many, tokenizer, config, True).ids.flatten().tolist() == whole[:8000]
     of_folder = load_recipe(None, **options, calibration=str(folder), calibration_tokens=8000)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     expected = [*whole[:2000], *end, *whole[2000:]][:8000]
-    assert calibration_module.read_tokens(of_folder, source, config, True).ids.flatten().tolist() == expected
+    assert calibration_module.read_tokens(of_folder, tokenizer, config, True).ids.flatten().tolist() == expected
 
 
 def test_recipe_beside_the_weights_has_every_choice(tmp_path):

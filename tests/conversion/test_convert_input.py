@@ -74,6 +74,11 @@ def _lose_weights(source):
         file.unlink()
 
 
+def _save_as_bin(source):
+    _lose_weights(source)
+    (source / "pytorch_model.bin").touch()
+
+
 def _lose_config(source):
     (source / "config.json").unlink()
 
@@ -108,6 +113,7 @@ def _biases(source):
         (_lose_shard, r"model-0000(\d)-of-0000\1\.safetensors"),
         (_lose_tensor, r"model\.norm\.weight"),
         (_lose_weights, "safetensors"),
+        (_save_as_bin, r"\.bin.*save_pretrained"),
         (_lose_config, r"config\.json"),
         (_break_config, r"config\.json"),
         (_break_index, r"index"),
@@ -121,6 +127,7 @@ def _biases(source):
     ],
     ids=[
         *("truncated shard", "truncated header", "empty shard", "missing shard", "missing tensor", "no weights"),
+        "bin weights",
         *("no config", "broken config", "broken index", "other width", "missing layer", "unknown architecture"),
         *("another architecture", "no model type", "quantised", "biases in the feed-forward"),
     ],
