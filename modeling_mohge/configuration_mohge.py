@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .backbones_mohge import is_mixture, layers_without_experts
+from .checks_mohge import MAX_EXPERTS, check_finite, check_form, value_errors
 
 
 ROUTER_COEFFICIENTS = {
@@ -70,6 +71,7 @@ def divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
+@value_errors
 @strict
 class MoHGEConfig(PreTrainedConfig):
     r"""
@@ -215,6 +217,7 @@ class MoHGEConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs):
+        check_form({**kwargs, "dtype": self.dtype})
         self.backbone_config, kwargs = _make_backbone(self.backbone_config, kwargs)
         for name, derive in _DERIVED_DEFAULTS.items():
             if getattr(self, name) is None:
@@ -242,7 +245,8 @@ class MoHGEConfig(PreTrainedConfig):
                 f"`{name}` cannot differ between layers: remove it from `per_layer_config`, which may hold "
                 f"{', '.join(sorted(_PER_LAYER_FIELDS))}"
             )
-        # A strict config wraps what its validators raise in an error that is no ValueError: run ours here first.
+        # A strict config wraps what its validators raise: run ours here first, for plain messages.
+        self.validate_numbers()
         self.validate_experts()
         self.validate_router()
         self.validate_router_losses()
@@ -433,6 +437,11 @@ class MoHGEConfig(PreTrainedConfig):
     def validate_rope(self):
         """See `RotaryEmbeddingConfigMixin.validate_rope`."""
 
+    def validate_numbers(self):
+        """Check that no number is NaN or infinite, of the backbone neither."""
+        check_finite(self)
+        check_finite(self.backbone_config)
+
     def validate_experts(self):
         """Check the fields that shape the expert groups."""
         for layer in self._distinct_layers():
@@ -452,6 +461,10 @@ class MoHGEConfig(PreTrainedConfig):
                 )
             if min(counts) < 1:
                 raise ValueError(f"`num_experts_per_group` is {layer.num_experts_per_group}: each must be at least 1")
+            if sum(counts) > MAX_EXPERTS:
+                raise ValueError(
+                    f"`num_experts_per_group` gives a layer {sum(counts):,} experts: use at most {MAX_EXPERTS:,}"
+                )
         outside = [i for i in self.mlp_only_layers if not 0 <= i < self.num_hidden_layers]
         if outside:
             raise ValueError(
@@ -603,8 +616,9 @@ def _make_backbone(given: PreTrainedConfig | dict | str | None, fields: dict) ->
     else:
         values = dict(_DEFAULT_BACKBONE if given is None else given)
         model_type = values.pop("model_type", None)
-        if model_type is None:
+        if not isinstance(model_type, str):
             raise ValueError('`backbone_config` lacks `model_type`: give it, such as "model_type": "llama"')
+        check_form(values)
     names = _fields_of(model_type)
     own = {name: value for name, value in fields.items() if name in names}
     rest = {name: value for name, value in fields.items() if name not in names}
