@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 
-MAX_LAYERS, MAX_EXPERTS = 10_000, 65_536
+MAX_LAYERS, MAX_EXPERTS = 2_000, 65_536
 """Far beyond any model: so many layers, or experts in a layer, are a mistake, and take minutes to lay out."""
 _MAPPINGS = {
     "per_layer_config": "the fields of each layer that differ, such as {1: {...}}",

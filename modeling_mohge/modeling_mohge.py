@@ -191,7 +191,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         # transformers' models take the cache by its old name until 5.40, outside of their signatures.
         return frozenset(names | outputs | passed | {"past_key_values", "return_dict"}) - {"self", "args", "kwargs"}
 
-    def refuse_unknown(self, arguments: dict):
+    def check_arguments(self, arguments: dict):
         """
         Check that some part of the model, or of transformers around it, takes each of these keyword arguments.
 
@@ -199,6 +199,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
 
         Raises:
             TypeError: naming the arguments that nothing takes.
+            ValueError: if there are no tokens.
         """
         unknown = arguments.keys() - self._known_arguments
         if unknown:
@@ -208,6 +209,10 @@ class MoHGEPreTrainedModel(PreTrainedModel):
                 f"{type(self).__name__}.forward() got {', '.join(f'`{name}`' for name in sorted(unknown))}, which no "
                 "part of the model takes: remove it, or mend its name"
             )
+        for name in ("input_ids", "inputs_embeds"):
+            tokens = arguments.get(name)
+            if tokens is not None and 0 in tokens.shape:
+                raise ValueError(f"`{name}` has the shape {list(tokens.shape)}: give at least one token")
 
     @property
     def routers(self) -> list[ExpertTables]:
@@ -219,7 +224,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def _forward_backbone(self, arguments: dict, record: bool) -> tuple:
         """The output of the backbone's own forward and, if that is to be recorded, what the routers decided: a pair of
         a router and its output for each time that a layer ran."""
-        self.refuse_unknown(arguments)
+        self.check_arguments(arguments)
         self._warn_of_unadapted_experts()
         corrected = []
         if self.training and torch.is_grad_enabled():

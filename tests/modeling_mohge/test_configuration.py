@@ -230,7 +230,7 @@ BAD = {
     "layers_in_a_list": ({"per_layer_config": [1]}, "per_layer_config", "give the fields of each layer"),
     "rope_in_a_list": ({"rope_parameters": [1]}, "rope_parameters", "give the rotary embedding's"),
     "quantisation_by_name": ({"quantization_config": "int8"}, "quantization_config", "leave it out"),
-    "millions_of_layers": ({"num_hidden_layers": 2 * 10**6}, "num_hidden_layers", "give at most 10,000"),
+    "millions_of_layers": ({"num_hidden_layers": 2 * 10**6}, "num_hidden_layers", "give at most 2,000"),
     "millions_of_experts": ({"num_experts_per_group": 10**7}, "num_experts_per_group", "use at most 65,536"),
     "millions_of_experts_in_a_layer": (
         {"per_layer_config": {1: {"num_experts_per_group": 10**7}}},

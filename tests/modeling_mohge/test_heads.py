@@ -147,3 +147,14 @@ def test_replicas_compute_with_their_own_tensors(backbone):
     assert abs(outputs.loss - model(ids, labels=ids).loss) > 1e-2
     for name, module in model.named_modules():  # a bound method would keep the original's
         assert not any(isinstance(value, types.MethodType) for value in vars(module).values()), name
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_no_tokens_are_refused(shape):
+    ids = torch.zeros(shape, dtype=torch.long)
+    model = make_model()
+    for module in (model, model.model):
+        with pytest.raises(ValueError, match="`input_ids` has the shape .*: give at least one token"):
+            module(ids)
+    with pytest.raises(ValueError, match="`inputs_embeds` has the shape"):
+        model(inputs_embeds=torch.zeros(*shape, model.config.hidden_size))
