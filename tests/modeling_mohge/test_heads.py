@@ -154,7 +154,7 @@ def test_no_tokens_are_refused(shape):
     ids = torch.zeros(shape, dtype=torch.long)
     model = make_model()
     for module in (model, model.model):
-        with pytest.raises(ValueError, match="`input_ids` has the shape .*: give at least one token"):
+        with pytest.raises(ValueError, match=r"`input_ids` has the shape .*: give at least one token"):
             module(ids)
     with pytest.raises(ValueError, match="`inputs_embeds` has the shape"):
         model(inputs_embeds=torch.zeros(*shape, model.config.hidden_size))
