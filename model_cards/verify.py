@@ -8,11 +8,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from mohge import MoHGEForCausalLM
+from mohge.loading import load_model
 
 from .card import PROMPT, has_tokenizer
 from .reload import CACHE_TOLERANCE
@@ -43,7 +42,9 @@ def verify(folder: Path, original: Path | PreTrainedModel):
         ReloadError: if `folder` does not load, or its logits differ, are not finite or change with a cache.
         ValueError: if `original` does not load.
     """
-    model = _load(original) if isinstance(original, Path) else copy.deepcopy(original).float()
+    model = (
+        load_model(original, dtype=torch.float32) if isinstance(original, Path) else copy.deepcopy(original).float()
+    )
     length = min(32, model.config.max_position_embeddings)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     inputs = {"tokens": ids}
@@ -62,16 +63,6 @@ def verify(folder: Path, original: Path | PreTrainedModel):
             f"generation with a cache computes other logits than a forward without one: relative error {error:.2g}, "
             f"of which rounding explains {CACHE_TOLERANCE:g}"
         )
-
-
-def _load(folder: Path) -> MoHGEForCausalLM:
-    try:
-        model, found = MoHGEForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} does not load ({error}): save the model again") from error
-    if found["missing_keys"]:
-        raise ValueError(f"{folder} lacks the weight {sorted(found['missing_keys'])[0]}: save the model again")
-    return model
 
 
 @torch.no_grad()

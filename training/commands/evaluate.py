@@ -70,9 +70,10 @@ def run(options: argparse.Namespace) -> int:
         OSError: if there is no such model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from mohge.conversion.staging import write_file
+    from mohge.loading import load_model
     from mohge.model_cards.shipped import load_config, shipped_file
     from mohge.training.data.packing import absolute, check_sequence_length, parse_sources
     from mohge.training.report.measure import format_router_table
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{options.model} has no tokenizer: save one beside the model ({error})") from error
     with known_patterns():  # of adapters
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).eval()
+        model = load_model(options.model, dtype=options.dtype).eval()
     try:
         model.to(device)
     except (AssertionError, RuntimeError) as error:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArgumen
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.main import main
+from mohge.loading import load_model
 from mohge.model_cards.shipped import load_config
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
@@ -259,7 +260,7 @@ def _model(
     if own.quantize is not None:
         quantization = _quantization()
         options["quantization_config"] = quantization.expert_quantization(config, own.quantize, own.quantize_min_width)
-    model = MoHGEForCausalLM.from_pretrained(own.model, **options)
+    model = load_model(own.model, **options)
     if getattr(model, "hf_quantizer", None) is not None:
         _quantization().allow_adapters(model)
     if adapters is None:

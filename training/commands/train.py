@@ -24,6 +24,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.main import main
 from mohge.info import model_without_memory
+from mohge.loading import load_model
 from mohge.model_cards.shipped import load_config, shipped_file, shipped_recipes
 from mohge.parallel_mohge import check_layout
 from mohge.training.data.corpus import STANDARD_LIBRARY, train_tokenizer
@@ -160,7 +161,7 @@ def run(options: argparse.Namespace) -> int:
     with _start(own, config, training, checkpoint) as start, one_line_errors():
         trainer = MoHGETrainer(
             # A checkpoint's own config has the tokenizer's padding token, whose embedding then gets no gradient.
-            MoHGEForCausalLM.from_pretrained(start, config=config, dtype=dtype, distributed_config=layout),
+            load_model(start, config=config, dtype=dtype, distributed_config=layout),
             training,
             train_dataset=text,
             eval_dataset=eval_text,

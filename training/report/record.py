@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 from mohge import MoHGEConfig
+from mohge.loading import load_model
 from mohge.model_cards.shipped import load_config
 
 from ..data.packing import batches, packed_blocks, parse_sources
@@ -96,7 +97,7 @@ def measure_text(record: Record, text: str, tokens: int) -> tuple[RoutingEvaluat
         raise ValueError(f"--text needs the model's tokenizer, and {record.model} has none: save it there") from error
     batches = read_text(text, tokenizer, record.config, tokens)
     with known_patterns():
-        model = AutoModelForCausalLM.from_pretrained(record.model, dtype="auto")
+        model = load_model(record.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate_routing(model, batches), tokenizer
 

@@ -10,7 +10,8 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from transformers import AutoTokenizer
 
-from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge import MoHGEConfig
+from mohge.loading import load_model
 
 from .lora import known_patterns
 
@@ -89,7 +90,7 @@ def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | 
     base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     config = MoHGEConfig.from_pretrained(base_name)
     check_merge(config, base_name, target)
-    base = MoHGEForCausalLM.from_pretrained(base_name, dtype=torch.float32).eval()
+    base = load_model(base_name, dtype=torch.float32).eval()
     tokens = torch.randint(config.vocab_size, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
     before = _logits(base, tokens)
     with known_patterns():
@@ -107,7 +108,7 @@ def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | 
             if (adapter / name).is_file():
                 shutil.copy(adapter / name, folder)
         del base, adapted, merged
-        reloaded = MoHGEForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        reloaded = load_model(folder, dtype=torch.float32).eval()
         check = MergeCheck(_error(_logits(reloaded, tokens), wanted), _error(before, wanted), dtype)
         if check.passed:
             folder.rename(target)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.loading import load_model
 
 from .merge import is_quantized
 
@@ -102,7 +103,7 @@ def quantize_checkpoint(
     if target.exists():
         raise FileExistsError(f"`output_dir`: {target} exists: name another folder, or remove it first")
     config = MoHGEConfig.from_pretrained(source)
-    model = MoHGEForCausalLM.from_pretrained(
+    model = load_model(
         source,
         dtype=dtype or config.dtype or torch.float32,
         quantization_config=expert_quantization(config, kind, min_width),
