@@ -123,25 +123,29 @@ def train_source(architecture: str, text: Text, folder: Path, steps: int = 400) 
     return loss
 
 
-def compare(mode: str, source: Path, output: Path, text: Text, seeds: range, steps: int = 200) -> dict:
+def convert_source(mode: str, source: Path, output: Path, text: Text) -> None:
+    """Convert `source` as `MODES` says, calibrated on the training text."""
+    options = MODES[mode] | {"calibration": str(text.folder / "calibration.txt"), "calibration_tokens": 16384}
+    recipe = load_recipe(None, source=str(source), output=str(output), mode=mode, calibration_length=LENGTH, **options)
+    convert(make_plan(recipe))
+
+
+def compare(converted: Path, text: Text, seeds: range, steps: int = 200) -> dict:
     """
-    Convert `source`, then fine-tune the result and a model of its shape with random weights.
+    Fine-tune a conversion and a model of its shape with random weights.
 
     Returns:
         `dict`: held-out losses `"converted"` (before fine-tuning), and `"from_conversion"` and `"from_scratch"`, a
         list each, one for each seed.
     """
-    options = MODES[mode] | {"calibration": str(text.folder / "calibration.txt"), "calibration_tokens": 16384}
-    recipe = load_recipe(None, source=str(source), output=str(output), mode=mode, calibration_length=LENGTH, **options)
-    convert(make_plan(recipe))
     losses = {"from_conversion": [], "from_scratch": []}
-    losses["converted"] = train(AutoModelForCausalLM.from_pretrained(output), text, 0)
+    losses["converted"] = train(AutoModelForCausalLM.from_pretrained(converted), text, 0)
     for seed in seeds:
         set_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(output)
+        model = AutoModelForCausalLM.from_pretrained(converted)
         losses["from_conversion"].append(train(model, text, steps, 1e-3, seed))
         set_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(output), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(converted), dtype=torch.float32)
         losses["from_scratch"].append(train(model, text, steps, 3e-3, seed))
     return losses
 
@@ -159,7 +163,8 @@ def main() -> None:
         sources = {name: train_source(name, text, folder / name) for name in _SOURCES}
         for mode in MODES:
             name = "olmoe" if mode == "trim" else "llama"
-            losses = compare(mode, folder / name, folder / mode, text, range(options.seeds), options.steps)
+            convert_source(mode, folder / name, folder / mode, text)
+            losses = compare(folder / mode, text, range(options.seeds), options.steps)
             cells = [f"{sources[name]:.3f} ({name})", f"{losses['converted']:.3f}"]
             for kind in ("from_conversion", "from_scratch"):
                 spread = statistics.stdev(losses[kind]) if options.seeds > 1 else 0.0

@@ -1,6 +1,15 @@
-"""One thread for all tests: their tensors are too small to share, and threads would only wait for one another."""
+"""
+One thread for all tests: their tensors are too small to share, and threads would only wait for one another. And what
+has been imported stays: Trainer collects garbage in every run, which would otherwise look through all of it.
+"""
+
+import gc
 
 import torch
 
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    gc.freeze()

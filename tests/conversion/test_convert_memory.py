@@ -1,13 +1,16 @@
 """Converting takes the memory of a few layers, not of the model."""
 
+import ctypes
 import json
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from parallel_training_runs import Ranks
 from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+from mohge.conversion import convert, load_recipe, make_plan
 
 
 SHAPE = {
@@ -22,31 +25,24 @@ MIXTURE = {"hidden_size": 512, "intermediate_size": 768, "num_experts": 12, "num
 DENSE = {"hidden_size": 1024, "intermediate_size": 2560, **SHAPE}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, **SHAPE}
 
-MEASURE = """
-import json
-import sys
-
-import torch
-
-from mohge.conversion import convert, load_recipe, make_plan
-
-torch.set_num_threads(1)
+# glibc keeps freed memory of these small layers for itself, up to 32 MB each; of real ones it gives back at once.
+M_MMAP_THRESHOLD = -3
 
 
-def peak():  # getrusage would count the parent, too: what a process was before exec stays in its ru_maxrss
+def peak() -> int:  # getrusage would count the parent, too: what a process was before stays in its ru_maxrss
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-small, large, output, options = sys.argv[1:]
-before = []
-for number, source in enumerate((small, large)):
-    before.append(peak())  # the second time with everything loaded and used once
-    recipe = load_recipe(None, source=source, output=f"{output}-{number}", **json.loads(options))
-    report = convert(make_plan(recipe))
-    assert report["passed"], report["failures"]
-print(peak() - before[1])
-"""
+def measure_growth(small: Path, large: Path, output: Path, options: dict):
+    """Leave in a file how much more memory it takes to convert `large` after `small`."""
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20) == 1
+    for number, source in enumerate((small, large)):
+        before = peak()  # the second time with everything loaded and used once
+        recipe = load_recipe(None, source=str(source), output=f"{output}-{number}", **options)
+        report = convert(make_plan(recipe))
+        assert report["passed"], report["failures"]
+    output.write_text(str(peak() - before))
 
 
 def save(model, path):
@@ -91,12 +87,9 @@ def test_peak_is_below_two_and_a_half_layers(source, options, sources, tmp_path)
         }
     if options["mode"] == "trim":
         options = options | {"experts_per_group": 4}
-    command = [sys.executable, "-c", MEASURE, small, sources / source, tmp_path / "out", json.dumps(options)]
-    # glibc keeps freed memory of these small layers for itself, up to 32 MB each; of real ones it gives back at once.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    growth = int(finished.stdout.split()[-1])
+    output = tmp_path / "out"
+    Ranks(1, tmp_path / "logs", measure_growth, small, sources / source, output, options).succeed()
+    growth = int(output.read_text())
 
     written = json.loads((tmp_path / "out-1" / "conversion_report.json").read_text())["bytes_written"]
     files = (sources / source).glob("*.safetensors")

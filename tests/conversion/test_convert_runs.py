@@ -140,7 +140,7 @@ def convert_until_the_third_shard(folder, *arguments):
 @pytest.mark.parametrize("narrow", [False, True], ids=["drawn anew", "refitted"])
 def test_killed_run_leaves_nothing_that_loads_and_goes_on(narrow, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_source("llama", tmp_path / "source", hidden_size=64, intermediate_size=256, num_hidden_layers=10)
+    make_source("llama", tmp_path / "source", hidden_size=64, intermediate_size=256, num_hidden_layers=5)
     options = ["--mode", "copy", "--experts-per-group", "4", "--top-k", "2"]
     if narrow:
         options += ["--widths", "150,256", *map(str, calibration(tmp_path / "rows.jsonl"))]

@@ -4,6 +4,7 @@ torchrun would give them but without its agent, which would end the others when 
 server that has imported the library, which takes longer than most runs.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -117,6 +118,7 @@ def _free_port() -> int:
 
 
 def _start(environment: dict[str, str], log: Path, function: Callable, arguments: tuple):
+    gc.freeze()  # or else each collection would look through, and so copy, all that the server has imported
     os.environ.update(environment)
     with open(log, "w") as file, open(os.devnull, "w") as nothing:
         os.dup2(file.fileno(), sys.stderr.fileno())

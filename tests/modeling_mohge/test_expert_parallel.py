@@ -1,6 +1,7 @@
-"""Two ranks compute what one process does, each with its share of the weights, and exchange no more than they must."""
+"""Ranks compute what one process does, each with its share of the weights, and exchange no more than they must."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,7 @@ import torch
 import torch.distributed as dist
 from model_cases import make_config
 from parallel_cases import SCENARIOS, save_model
-from parallel_checks import (
-    Launch,
-    check_checkpoint,
-    check_gradients,
-    check_logits,
-    check_nothing_is_held_twice,
-    check_own_experts,
-    check_statistics,
-    names,
-)
+from parallel_launch import Launch, cases, names
 from parallel_training_runs import Ranks
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -27,27 +19,62 @@ from mohge.parallel_mohge import check_layout
 
 
 LAYOUTS = ["ep = fsdp", "ep = tp"]
-OWN_EXPERTS = [name for name in names(2) if "ep_size" in SCENARIOS[2][name].layout]
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    return Launch(2, tmp_path_factory.mktemp("two_ranks"))
+def launches(tmp_path_factory):
+    """The launch of so many ranks."""
+    return cache(lambda processes: Launch(processes, tmp_path_factory.mktemp(f"{processes}_ranks")))
 
 
-@pytest.mark.parametrize("name", [*names(2), *names(2, "evaluate"), *names(2, "adapted")])
-def test_logits_are_those_of_one_process(name, launch):
-    check_logits(launch, name)
+@pytest.fixture
+def launch(launches, request) -> Launch:
+    """That of two ranks, where the test does not say how many."""
+    return launches(request.node.callspec.params.get("processes", 2))
 
 
-@pytest.mark.parametrize("name", names(2))
-def test_gradients_are_those_of_one_process(name, launch):
+@pytest.mark.parametrize(("processes", "name"), cases("train_step", "evaluate", "adapted"))
+def test_logits_are_those_of_one_process(processes, name, launch):
+    expected = launch.one_process(name)["logits"]
+    for batch in launch.batches(name):
+        torch.testing.assert_close(torch.cat([part["logits"] for part in batch]), expected, rtol=0, atol=1e-5)
+
+
+def check_gradients(launch: Launch, name: str, tolerance: float = 1e-4):
+    expected = launch.one_process(name)["gradients"]
+    assert all(gradient.isfinite().all() for gradient in expected.values())
+    assert sum(bool(gradient.any()) for gradient in expected.values()) > 0.8 * len(expected)
+    for rank in launch.ranks(name):
+        gradients, wrong = rank["gradients"], {}
+        assert gradients.keys() == expected.keys()
+        assert [parameter for parameter, gradient in gradients.items() if gradient is None] == []
+        for parameter, gradient in gradients.items():
+            norm, error = expected[parameter].norm(), (gradient - expected[parameter]).norm()
+            if not error <= tolerance * norm:
+                wrong[parameter] = float(error / norm)
+        assert wrong == {}
+
+
+@pytest.mark.parametrize(("processes", "name"), cases("train_step"))
+def test_gradients_are_those_of_one_process(processes, name, launch):
     check_gradients(launch, name)
 
 
-@pytest.mark.parametrize("name", names(2))
-def test_losses_and_counts_are_those_of_one_process(name, launch):
-    check_statistics(launch, name)
+@pytest.mark.parametrize(("processes", "name"), cases("train_step"))
+def test_losses_and_counts_are_those_of_one_process(processes, name, launch):
+    """Losses, counts and running means of one process, in sum over the parts of the batch."""
+    one = launch.one_process(name)
+    for batch in launch.batches(name):
+        for key in ("loss", "aux_loss"):
+            assert sum(float(part[key]) for part in batch) == pytest.approx(float(one[key]), rel=1e-5)
+        for loss, value in one["router_losses"].items():
+            assert value != 0
+            assert sum(float(part["router_losses"][loss]) for part in batch) == pytest.approx(float(value), rel=1e-5)
+        for layer, counts in enumerate(one["tokens_per_expert"]):
+            assert torch.equal(sum(part["tokens_per_expert"][layer] for part in batch), counts)
+    for rank in launch.ranks(name):
+        for mean, expected in zip(rank["logit_means"], one["logit_means"], strict=True):
+            torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "tp", *LAYOUTS])
@@ -77,6 +104,15 @@ def test_idle_rank_has_no_token(idle, layout, launch):
     assert counts[1 - idle].sum() == 8 * 9 * config.num_experts_per_tok
 
 
+@pytest.mark.parametrize("processes", [4])
+@pytest.mark.parametrize("name", [name for name in names(4, "train_step") if name.endswith("one set only")])
+def test_ranks_of_other_sets_have_no_token(processes, name, launch):
+    config = launch.config(name)
+    *others, last = launch.one_process(name)["tokens_per_expert"][0].chunk(config.num_expert_sets)
+    assert [int(counts.sum()) for counts in others] == [0, 0, 0]
+    assert last.sum() == 8 * 9 * config.num_experts_per_tok
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_some_slots_are_empty_with_top_p(layout, launch):
     result, config = launch.one_process(f"{layout}, top_p"), launch.config(f"{layout}, top_p")
@@ -84,14 +120,35 @@ def test_some_slots_are_empty_with_top_p(layout, launch):
         assert 0.3 < counts.sum() / (len(result["logits"]) * config.num_experts_per_tok) < 0.95
 
 
-@pytest.mark.parametrize("name", OWN_EXPERTS)
-def test_rank_holds_its_range_of_experts(name, launch):
-    check_own_experts(launch, name)
+@pytest.mark.parametrize(
+    ("processes", "name"), [case for case in cases("train_step") if "ep_size" in SCENARIOS[case[0]][case[1]].layout]
+)
+def test_rank_holds_its_range_of_experts(processes, name, launch):
+    """Each rank holds `N_g / ep_size` experts of each group, those of its range of ids, or a share of these."""
+    source = launch.one_process(name)["held"]
+    layout = launch.scenarios[name].layout
+    ep_size = layout["ep_size"]
+    copies = layout.get("fsdp_size", 1) * layout.get("tp_size", 1) // ep_size
+    layers, dense = launch.config(name).per_layer_config, launch.config(name).mlp_only_layers
+    for layer, config in ((i, layers[i]) for i in range(2) if i not in dense):
+        for group, (ids, count) in enumerate(zip(config.expert_id_table, config.expert_counts, strict=True)):
+            for parameter in (f"model.layers.{layer}.mlp.experts.{kind}_proj_{group}" for kind in ("gate_up", "down")):
+                for rank, results in enumerate(launch.ranks(name)):
+                    first = rank % ep_size * config.num_experts // ep_size
+                    owned = range(first, first + config.num_experts // ep_size)
+                    slots = [slot for slot, expert in enumerate(ids) if expert in owned]
+                    assert len(slots) == count // ep_size
+                    expected = source[parameter][slots].chunk(copies)[rank // ep_size % copies]
+                    assert torch.equal(results["held"][parameter], expected)
 
 
-@pytest.mark.parametrize("name", [name for name in names(2) if SCENARIOS[2][name].tp_size == 1])
-def test_no_parameter_is_held_twice(name, launch):
-    check_nothing_is_held_twice(launch, name)
+@pytest.mark.parametrize(
+    ("processes", "name"), [case for case in cases("train_step") if SCENARIOS[case[0]][case[1]].tp_size == 1]
+)
+def test_no_parameter_is_held_twice(processes, name, launch):
+    held = sum(tensor.numel() for rank in launch.ranks(name) for tensor in rank["held"].values())
+    whole = sum(tensor.numel() for tensor in launch.one_process(name)["held"].values())
+    assert held == whole * launch.scenarios[name].layout.get("dp_replicate_size", 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,14 +196,21 @@ def test_generated_tokens_are_those_of_one_process(name, launch):
         assert all(torch.equal(actual, tokens) for actual, tokens in zip(rank["tokens"], expected, strict=True))
 
 
-@pytest.mark.parametrize("name", names(2, "save"))
-def test_saved_checkpoint_is_the_source_bit_by_bit(name, launch):
-    check_checkpoint(launch, name)
+@pytest.mark.parametrize(("processes", "name"), cases("save"))
+def test_saved_checkpoint_is_the_source_bit_by_bit(processes, name, launch):
+    source, saved = launch.one_process(name), launch.ranks(name)[0]
+    assert "distributed_config" not in saved["config"]
+    assert saved["config"] == source["config"]
+    assert saved["files"] == source["files"]
+    assert saved["weights"].keys() == source["weights"].keys()
+    assert all(torch.equal(saved["weights"][parameter], weight) for parameter, weight in source["weights"].items())
+    model = MoHGEForCausalLM.from_pretrained(launch.scenarios[name].saved(launch.folder))
+    assert all(torch.equal(model.state_dict()[parameter], weight) for parameter, weight in source["weights"].items())
 
 
-@pytest.mark.parametrize("name", names(2))
-def test_nothing_waits_for_tokens_after_the_backward(name, launch):
-    assert [rank["waiting"] for rank in launch.ranks(name)] == [[], []]
+@pytest.mark.parametrize(("processes", "name"), cases("train_step"))
+def test_nothing_waits_for_tokens_after_the_backward(processes, name, launch):
+    assert [rank["waiting"] for rank in launch.ranks(name)] == [[]] * processes
 
 
 def differentiate_twice(model: Path):
