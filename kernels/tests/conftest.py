@@ -1,6 +1,7 @@
 """Where the tests run: one thread for all, and Triton's interpreter where there is no GPU."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,12 +25,27 @@ def device(request, monkeypatch) -> str:
     return "cuda" if request.param == "cuda" else "cpu"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def triton_interpreter():
     """Skips where Triton is missing or compiles."""
     pytest.importorskip("triton", reason="needs triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs TRITON_INTERPRET=1, which is not set where there is a GPU")
+    from triton.runtime import interpreter
+
+    # Triton's language is replaced by the interpreter's in every call of a function, which takes longer than most
+    # functions. Here, where nothing compiles, it stays replaced after the first call from a module.
+    replace_language, replaced = interpreter._patch_lang, set()
+
+    def replace_once(function):
+        if function.__module__ not in replaced:
+            replaced.add(function.__module__)
+            replace_language(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from kernel_cases import (
     CASES,
@@ -168,9 +169,9 @@ def test_one_graph_for_any_number_of_tokens_and_any_traffic(device):
     calls = [
         replace(case, tokens=9),
         replace(case, tokens=5, allowed=(0, 3)),
-        replace(case, tokens=23, masked=0.4),
+        replace(case, tokens=17, masked=0.4),
         replace(case, tokens=2),
-        replace(case, tokens=40, allowed=(2, 3)),
+        replace(case, tokens=19, allowed=(2, 3)),
         replace(case, tokens=9, masked=1.0),
     ]
 
@@ -239,7 +240,9 @@ def test_compiled_by_inductor(device):
     function = partial(block, layer)
     expected = forward_and_backward(function, layer.parameters(), inputs)
     compiled = torch.compile(function, fullgraph=True, backend="inductor")
-    # A cached graph would still have the sizes that the operators had when it was compiled.
-    with torch._inductor.config.patch(force_disable_caches=True):
+    # A cached graph would still have the sizes that the operators had when it was compiled; the code in C++ may be
+    # that of another case or run.
+    autograd_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with autograd_cache, torch._inductor.config.patch(fx_graph_cache=False):
         actual = forward_and_backward(compiled, layer.parameters(), inputs)
     assert_close(actual, {name: value.cpu() for name, value in expected.items()})
