@@ -13,3 +13,7 @@ torch.set_num_threads(1)
 
 def pytest_collection_finish():
     gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or else some libraries report at the end what was left
