@@ -56,22 +56,22 @@ class Result(NamedTuple):
         return lines[0]
 
 
-def hub_environment(hub: HubServer, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+def hub_environment(hub: HubServer, home: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    return environment | own | ({"HF_TOKEN": token} if token else {})
+    return environment | own | {"HF_TOKEN": TOKEN}
 
 
 class Shell:
     """A process in which commands run one after the other, so that they import torch once, and the Hub they see. If
     not `package`, mohge is missing there."""
 
-    def __init__(self, hub: HubServer, home: Path, token: str | None = TOKEN, package: bool = True):
+    def __init__(self, hub: HubServer, home: Path, package: bool = True):
         self.hub, self.home = hub, home
         command = ["-c", _WORKER] if package else ["-I", "-c", WITHOUT_PACKAGE + _WORKER]
         self.process = subprocess.Popen(
             [sys.executable, *command],
-            env=hub_environment(hub, home, token),
+            env=hub_environment(hub, home),
             cwd=home,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

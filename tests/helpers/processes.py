@@ -17,7 +17,8 @@ class Missing:
             raise ImportError(f"{name} is not installed here")
 
 
-sys.meta_path.insert(0, Missing())
+missing = Missing()
+sys.meta_path.insert(0, missing)
 """
 
 

@@ -151,6 +151,7 @@ def test_pull_request_and_branch(shell, elsewhere, model, tmp_path):
     assert_loads(elsewhere, model, name, "next/step")
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_model_in_memory(shell, elsewhere, tmp_path):
     folder = save_model(tmp_path / "model")
     code = f"""
@@ -197,7 +198,7 @@ model.push_to_hub("{USER}/plain", commit_message="Plain")
     assert set(repository.head().files) == {*MODEL, ".gitattributes"}
 
 
-def test_bfloat16_without_tokenizer(shell, tmp_path):
+def test_bfloat16_without_tokenizer(shell, elsewhere, tmp_path):
     folder, name = save_model(tmp_path / "model", tokenizer=False, dtype=torch.bfloat16), f"{USER}/half"
     assert shell.push(folder, name).status == 0
     files = shell.hub.repositories[name].head().files
@@ -207,18 +208,19 @@ def test_bfloat16_without_tokenizer(shell, tmp_path):
     head = shell.hub.repositories[name].head()
     assert "Traceback" not in shell.run(code).err
     assert shell.hub.repositories[name].head() == head  # the same files
-    tokens = json.loads(run_without_package(shell.hub, tmp_path, snippet(files)))
+    tokens = json.loads(elsewhere.run(snippet(files)).out)
     assert tokens[:3] == [1, 2, 3]
     assert len(tokens) == 23
 
 
-def test_float16_with_chat_template(shell, tmp_path):
+@pytest.mark.usefixtures("_reloads_here")
+def test_float16_with_chat_template(shell, elsewhere, tmp_path):
     folder, name = save_model(tmp_path / "model", dtype=torch.float16), f"{USER}/chat"
     (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
     assert shell.push(folder, name).status == 0
     files = shell.hub.repositories[name].head().files
     assert "chat_template.jinja" in files
-    text = run_without_package(shell.hub, tmp_path, snippet(files))
+    text = elsewhere.run(snippet(files)).out
     assert text.startswith("<user>Once upon a time")
     assert len(text.strip()) > len("<user>Once upon a time")
 
@@ -227,6 +229,7 @@ def texts(files) -> str:
     return "\n".join(file.content.decode() for name, file in files.items() if not name.endswith(".safetensors"))
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_conversion(shell, elsewhere, tmp_path):
     source, folder, name = tmp_path / "secret-place" / "olmoe", tmp_path / "groups", f"{USER}/groups"
     add_tokenizer(make_source("olmoe", source))
@@ -246,6 +249,7 @@ def test_conversion(shell, elsewhere, tmp_path):
     assert_loads(elsewhere, folder, name)
 
 
+@pytest.mark.usefixtures("_reloads_here")
 def test_run_folder(shell, tmp_path):
     folder, name = tmp_path / "secret-place" / "run", f"{USER}/run"
     saving = {"save_strategy": "steps", "save_steps": 1, "report_to": ["tensorboard"]}
@@ -313,7 +317,11 @@ HfApi().upload_file(path_or_fileobj={text.encode()!r}, path_in_repo="README.md",
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_a_training_run_pushes_what_was_checked_and_nothing_of_this_machine(strategy, shell, elsewhere, tmp_path):
+def test_a_training_run_pushes_what_was_checked_and_nothing_of_this_machine(
+    strategy, shell, elsewhere, tmp_path, request
+):
+    if strategy == "every_save":  # three checks of the kind that the other strategy makes once
+        request.getfixturevalue("_reloads_here")
     (tmp_path / "text.txt").write_text("one two three four five six seven\n" * 200)
     config("expert", vocab_size=300).save_pretrained(tmp_path / "config")
     values = {

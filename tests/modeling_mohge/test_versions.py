@@ -16,7 +16,7 @@ from mohge.versions_mohge import OLDEST_TRANSFORMERS, TESTED_TRANSFORMERS
 
 
 ROOT = Path(__file__).parents[2]
-NEWER = f"import transformers\ntransformers.__version__ = '{Version(TESTED_TRANSFORMERS).major}.99.0.dev0'\n"
+NEWER = f"{Version(TESTED_TRANSFORMERS).major}.99.0.dev"
 
 
 def run_python(code: str, cwd: Path, *arguments) -> subprocess.CompletedProcess:
@@ -54,17 +54,45 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_newer_transformers_is_named_once_in_one_line(folder, tmp_path):
-    load = "from transformers import AutoModelForCausalLM\nimport sys\n"
-    load += "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-    for code in (NEWER + WITHOUT_PACKAGE + load, NEWER + load + "import mohge"):
-        done = run_python(code, tmp_path, folder)
-        assert done.returncode == 0, done.stderr
-        lines = [line for line in done.stderr.splitlines() if ".99.0.dev0" in line]
-        assert len(lines) == 1, done.stderr
-        assert f"up to {TESTED_TRANSFORMERS}," in lines[0]
-        assert f'pip install "transformers=={TESTED_TRANSFORMERS}.*"' in lines[0]
-    silent = "from transformers.utils import logging\nlogging.set_verbosity_error()\n"
-    assert run_python(silent + NEWER + "import mohge", tmp_path).stderr == ""
+    """First by the code in a checkpoint, where the package is missing; then no more, and never where the user wants
+    errors only."""
+    code = f"""
+import importlib
+import sys
+
+import transformers
+
+
+def set_version(number):
+    # On the module of this moment: transformers replaces its own when its models are imported.
+    sys.modules["transformers"].__version__ = "{NEWER}" + number
+
+
+set_version("0")
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print("loaded", file=sys.stderr)
+sys.meta_path.remove(missing)
+set_version("0")
+import mohge
+
+logging.set_verbosity_error()
+set_version("1")
+importlib.reload(mohge.versions_mohge)
+logging.set_verbosity_warning()
+set_version("2")
+importlib.reload(mohge.versions_mohge)
+"""
+    done = run_python(WITHOUT_PACKAGE + code, tmp_path, folder)
+    assert done.returncode == 0, done.stderr
+    by_checkpoint, by_package = done.stderr.split("loaded\n")
+    for text, number in ((by_checkpoint, "0"), (by_package, "2")):
+        (line,) = (line for line in text.splitlines() if NEWER in line)
+        assert f"{NEWER}{number} is installed" in line
+        assert f"up to {TESTED_TRANSFORMERS}," in line
+        assert f'pip install "transformers=={TESTED_TRANSFORMERS}.*"' in line
 
 
 @pytest.mark.parametrize("version", ["4.40.0", f"{OLDEST_TRANSFORMERS}.0.dev0"])

@@ -138,10 +138,14 @@ class _Sources(HTMLParser):
         self.sources += [value for name, value in attributes if name in ("src", "href")]
 
 
+STEPS = 6
+BLOCKS = {"train": STEPS * demo.BATCH, "validation": demo.BATCH + 4}
+
+
 @pytest.fixture(scope="module")
 def _text_is_read_once():
     """Reading the standard library takes longer than the rest of a demo, and so does evaluating all that is held out:
-    the routers share the text, and get the beginning of each part."""
+    the demos share the text, and get the beginning of each part."""
     tokenizers, parts = [], {}
 
     def train_once(*args):
@@ -152,7 +156,7 @@ def _text_is_read_once():
     def pack_once(sources, *args):
         split = sources[0].split
         if split not in parts:
-            parts[split] = packing.packed_blocks(sources, *args).select(range(48))
+            parts[split] = packing.packed_blocks(sources, *args).select(range(BLOCKS[split]))
         return parts[split]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -165,7 +169,7 @@ def _text_is_read_once():
 @pytest.mark.parametrize("router", ["two_level", "top_k", "top_p", "grouped_top_k"])
 def test_demo(router, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["demo", "--router", router, "--steps", "6", "--output", "out"]) == 0
+    assert main(["demo", "--router", router, "--steps", str(STEPS), "--output", "out"]) == 0
     printed = capsys.readouterr().out
     before, after = re.search(r"perplexity: ([\d,.]+) before training, ([\d,.]+) after", printed).groups()
     assert float(after.replace(",", "")) < 0.9 * float(before.replace(",", ""))
@@ -174,7 +178,7 @@ def test_demo(router, tmp_path, monkeypatch, capsys):
     rows = re.findall(r"^ +(\d) +(\d+) +4 +([\d,]+) ", printed, re.MULTILINE)
     assert [(group, width) for group, width, _ in rows] == [("0", "64"), ("1", "128"), ("2", "192"), ("3", "256")]
     choices = sum(int(count.replace(",", "")) for _, _, count in rows)
-    tokens = 32 * 256 * 4
+    tokens = BLOCKS["validation"] * demo.BLOCK * 4
     assert choices <= 4 * tokens if router == "top_p" else choices == 4 * tokens
 
     folder = tmp_path / "out"
@@ -191,24 +195,25 @@ def test_demo(router, tmp_path, monkeypatch, capsys):
     assert torch.isfinite(model(tokens).logits).all()
 
 
+@pytest.mark.usefixtures("_text_is_read_once")
 def test_demo_fails_if_the_cache_is_lost(tmp_path, monkeypatch, capsys):
     forward = MoHGEForCausalLM.forward
     monkeypatch.setattr(
         MoHGEForCausalLM, "forward", lambda self, *args, cache=None, **kwargs: forward(self, *args, **kwargs)
     )
+    monkeypatch.setattr(demo, "render", lambda report: "")  # drawing a page takes longer than all else here
     assert main(["demo", "--steps", "1", "--output", str(tmp_path / "out")]) == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "CHECK FAILED" in line]
     assert any(line.startswith("generated with a cache: ") for line in lines)
 
 
-def test_demo_refuses_an_existing_folder(tmp_path):
+def test_demo_refuses_an_existing_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     kept = tmp_path / "out" / "kept.txt"
     kept.parent.mkdir()
     kept.write_text("mine")
-    command = [sys.executable, "-m", "mohge.commands.main", "demo", "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "mohge demo: --output out exists: name another folder, or remove it first"
+    assert main(["demo", "--output", "out"]) == 2
+    assert capsys.readouterr().err == "mohge demo: --output out exists: name another folder, or remove it first\n"
     assert list(kept.parent.iterdir()) == [kept]
 
 

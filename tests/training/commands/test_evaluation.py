@@ -1,5 +1,6 @@
 """`mohge eval`, on a tiny model and real files."""
 
+import functools
 import json
 import math
 
@@ -33,6 +34,30 @@ def saved(tmp_path_factory):
 def model(saved):
     yield saved / "model"
     (saved / "model" / "evaluation.json").unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def tasks(saved):
+    """A folder with a task of our own. The harness lists all its tasks once, which takes it ten seconds."""
+    harness = pytest.importorskip("lm_eval.tasks", reason="lm-evaluation-harness is not installed")
+    task = {
+        "task": "mohge_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(saved / "questions.jsonl")},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    tasks = saved / "tasks"
+    tasks.mkdir()
+    (tasks / "choice.yaml").write_text(yaml.safe_dump(task))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))
+        yield tasks
 
 
 def expected_losses(folder) -> torch.Tensor:
@@ -102,8 +127,7 @@ def test_text_without_anything_to_predict_is_refused(saved, model, tmp_path, cap
     assert not (model / "evaluation.json").exists()
 
 
-def test_task_of_the_harness(saved, model):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+def test_task_of_the_harness(saved, model, tasks):
     net, tokenizer = MoHGEForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     questions, choices = ["one two", "seven", "nine ten"], [" three", " eight", " one two"]
 
@@ -118,21 +142,6 @@ def test_task_of_the_harness(saved, model):
     targets = [best[0], best[1], (best[2] + 1) % 3]  # the last one is answered wrongly
     rows = [{"q": q, "c": choices, "a": a} for q, a in zip(questions, targets, strict=True)]
     (saved / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "mohge_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": str(saved / "questions.jsonl")},
-        "test_split": "train",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{c}}",
-        "doc_to_target": "{{a}}",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    tasks = saved / "tasks"
-    tasks.mkdir()
-    (tasks / "choice.yaml").write_text(yaml.safe_dump(task))
     assert evaluate(model, "--tasks", "mohge_choice", "--include-path", tasks, "--batch-size", 2) == 0
     (result,) = json.loads((model / "evaluation.json").read_text())["results"]
     assert result["task"] == "mohge_choice"
@@ -162,10 +171,10 @@ def test_weights_that_are_not_finite_fail_the_check(saved, tmp_path, capsys):
         (["--tasks", "no_such_task_at_all"], "no_such_task_at_all"),
     ],
 )
-def test_bad_input_exits_with_2_and_one_line(arguments, message, model, capsys):
+def test_bad_input_exits_with_2_and_one_line(arguments, message, model, request, capsys):
     before = sorted(path.name for path in model.iterdir())
     if "--tasks" in arguments:
-        pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+        arguments = [*arguments, "--include-path", request.getfixturevalue("tasks")]
     assert evaluate(model, *arguments) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mohge eval: ")]
     assert message in line

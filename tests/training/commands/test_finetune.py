@@ -29,9 +29,25 @@ def mixture(tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("mixture"), **MIXTURE)
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    monkeypatch.setenv("CI", "1")  # TRL tells the Hub about runs, but for those of tests
+@pytest.fixture(scope="module")
+def adapter(place):
+    """A trained adapter of the experts, as a folder in `place`."""
+    assert finetune(place, "trained", lora_rank=2, lora_targets="experts", max_steps=2) == 0
+    return "trained"
+
+
+@pytest.fixture(scope="module")
+def chat(place):
+    """A run of all weights on the answers, each step on all conversations."""
+    assert finetune(place, "answers", "chat.jsonl") == 0
+    return place / "answers"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CI", "1")  # TRL tells the Hub about runs, but for those of tests
+        yield
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -94,11 +110,10 @@ def test_a_run_that_was_stopped_before_its_merge_goes_on_with_it(place, tmp_path
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
-def test_a_trained_adapter_is_merged_on_its_own(place, tmp_path):
-    assert finetune(place, "trained", lora_rank=2, lora_targets="experts", max_steps=2) == 0
-    assert finetune(place, "unused", data=None, model="trained", merge=tmp_path / "merged") == 0
+def test_a_trained_adapter_is_merged_on_its_own(place, adapter, tmp_path):
+    assert finetune(place, "unused", data=None, model=adapter, merge=tmp_path / "merged") == 0
     base = MoHGEForCausalLM.from_pretrained(place / "base")
-    wanted = logits(PeftModel.from_pretrained(base, place / "trained"))
+    wanted = logits(PeftModel.from_pretrained(base, place / adapter))
     torch.testing.assert_close(logits(MoHGEForCausalLM.from_pretrained(tmp_path / "merged")), wanted)
     assert not (place / "unused").exists()
 
@@ -136,28 +151,25 @@ def test_only_the_answers_are_trained_on(place):
     assert [entry["loss"] for entry in pairs] == [entry["loss"] for entry in chat]
 
 
-def test_whole_conversations_are_trained_on_when_asked_for(place):
+def test_whole_conversations_are_trained_on_when_asked_for(place, chat):
     assert finetune(place, "whole", "chat.jsonl", assistant_only_loss=False, max_steps=1) == 0
-    assert finetune(place, "answers", "chat.jsonl", max_steps=1) == 0
-    assert log(place / "whole")[0]["lm_loss"] != log(place / "answers")[0]["lm_loss"]
+    assert log(place / "whole")[0]["lm_loss"] != log(chat)[0]["lm_loss"]
 
 
-def test_accumulation_does_not_change_the_run_on_conversations(place):
-    for name, accumulation in (("at_once", 1), ("in_parts", 4)):
-        sizes = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
-        assert finetune(place, name, "chat.jsonl", **sizes) == 0
-    for whole, parts in zip(log(place / "at_once"), log(place / "in_parts"), strict=True):
+def test_accumulation_does_not_change_the_run_on_conversations(place, chat):
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert finetune(place, "in_parts", "chat.jsonl", **sizes) == 0
+    for whole, parts in zip(log(chat), log(place / "in_parts"), strict=True):
         for key in ("loss", "lm_loss", "grad_norm", "router/activated_parameters"):
             assert parts[key] == pytest.approx(whole[key], rel=1e-4), key
 
 
-def test_padding_is_not_counted_in_the_router_figures(place):
-    assert finetune(place, "figures", "chat.jsonl", max_steps=1) == 0
-    tokenizer = AutoTokenizer.from_pretrained(place / "figures")
+def test_padding_is_not_counted_in_the_router_figures(chat):
+    tokenizer = AutoTokenizer.from_pretrained(chat)
     tokens = sum(len(tokenizer.apply_chat_template(messages(*pair), return_dict=False)) for pair in questions())
-    (entry,) = log(place / "figures")
-    choices = sum(entry[f"router/tokens_group_{group}"] for group in range(3))
-    assert choices == tokens * 3  # experts per token
+    for entry in log(chat):
+        choices = sum(entry[f"router/tokens_group_{group}"] for group in range(3))
+        assert choices == tokens * 3  # experts per token
 
 
 def test_a_model_that_learned_an_answer_gives_it_with_the_saved_template(place):
@@ -240,9 +252,8 @@ def test_conversations_that_are_all_too_long_are_refused(place, capsys):
     assert not list((place / "short").glob("*"))
 
 
-def test_an_adapter_is_no_model_to_train(place, capsys):
-    assert finetune(place, "adapter", lora_rank=2, max_steps=1) == 0
-    assert finetune(place, "refused", model="adapter", lora_rank=2) == 2
+def test_an_adapter_is_no_model_to_train(place, adapter, capsys):
+    assert finetune(place, "refused", model=adapter, lora_rank=2) == 2
     assert "is an adapter: merge it first" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohge.commands.main import main
 from mohge.training import RouterTraffic
+from mohge.training.report.record import read_record
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,17 @@ def trained(tmp_path_factory) -> Path:
 def run(trained, tmp_path) -> Path:
     shutil.copy(trained.with_name("text.txt"), tmp_path)
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def written(trained, tmp_path_factory) -> Path:
+    """A page without text, of a copy of the run that has no weights, in a folder of its own."""
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("written") / "run"))
+    for file in run.glob("**/*.safetensors"):
+        file.unlink()
+    target = run.parent / "new" / "folder" / "page.html"
+    assert main(["report", str(run), "--output", str(target)]) == 0
+    return target
 
 
 def make_page(*arguments) -> Page:
@@ -67,22 +79,20 @@ def test_figures_of_the_text_are_those_of_the_model(run):
     assert page.facts["text"].endswith(f"text.txt, first {CONTEXT - 5} tokens")
 
 
-def test_without_text_the_record_is_enough_and_weights_are_not_read(run):
-    for file in run.glob("**/*.safetensors"):
-        file.unlink()
-    page = make_page(run)
+def test_without_text_the_record_is_enough_and_weights_are_not_read(written, trained):
+    page = Page(written.read_text(encoding="utf-8"))
     assert "By loss" not in page.titles
     assert {"Load per group", "Load per expert", "Load per expert and layer"} < set(page.titles)
     assert "give text: --text FILE" in page.text
-    traffic = RouterTraffic.load(run / "traffic.json")
+    traffic = RouterTraffic.load(trained / "traffic.json")
     loads = [traffic.layer_counts(layer).sum(0) for layer in range(3)]
     assert page.facts["MaxVio"] == f"{sum(float(load.max() / load.mean()) - 1 for load in loads) / 3:.2f}"
     assert "in the last 24 forward passes of training" in page.text
 
 
-def test_loss_table_has_what_was_logged(run):
-    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
-    words = make_page(run).words
+def test_loss_table_has_what_was_logged(written, trained):
+    history = json.loads((trained / "trainer_state.json").read_text())["log_history"]
+    words = Page(written.read_text(encoding="utf-8")).words
     start = words.index("training, language model")
     row = words[words.index("8", start) :][:4]  # step 8 was evaluated, too
     at_8 = {name: value for entry in history if entry["step"] == 8 for name, value in entry.items()}
@@ -99,9 +109,10 @@ def test_run_that_goes_on_is_read_from_its_newest_checkpoint(run):
 
 
 def test_finished_run_that_is_trained_further_is_read_from_its_newest_checkpoint(run):
-    shutil.copytree(run / "checkpoint-8", run / "older")
-    shutil.copy(run / "older" / "trainer_state.json", run)
-    assert make_page(run).facts["training"] == "24 steps"
+    shutil.copy(run / "checkpoint-8" / "trainer_state.json", run)
+    record = read_record(str(run))
+    assert record.model == str(run / "checkpoint-24")
+    assert record.history[-1]["step"] == 24
 
 
 def test_without_traffic_the_last_logged_load_is_shown(run):
@@ -149,13 +160,6 @@ def test_page_of_an_unusual_model(name, tmp_path):
         assert "16 of 128 widths are shown" in page.text
 
 
-def test_same_run_gives_the_same_page(run):
-    make_page(run)
-    before = (run / "report.html").read_bytes()
-    make_page(run)
-    assert (run / "report.html").read_bytes() == before
-
-
 def test_text_of_others_is_escaped(run):
     renamed = run.rename(run.with_name("run <img src=x onerror=alert(1)>"))
     text = renamed.with_name("text.txt")
@@ -171,12 +175,12 @@ def test_text_of_others_is_escaped(run):
 # Where the page goes, and bad input.
 
 
-def test_page_goes_where_output_says(run, tmp_path):
-    target = tmp_path / "new" / "folder" / "page.html"
-    for _ in range(2):  # a page of ours is replaced
-        assert main(["report", str(run), "--output", str(target)]) == 0
-    assert Page(target.read_text(encoding="utf-8")).titles[0] == "run"
-    assert [path.name for path in target.parent.iterdir()] == ["page.html"]
+def test_page_goes_where_output_says_and_is_the_same_page_for_the_same_run(written):
+    run, before = written.parents[2] / "run", written.read_bytes()
+    assert main(["report", str(run), "--output", str(written)]) == 0  # a page of ours is replaced
+    assert written.read_bytes() == before
+    assert Page(written.read_text(encoding="utf-8")).titles[0] == "run"
+    assert [path.name for path in written.parent.iterdir()] == ["page.html"]
     assert not (run / "report.html").exists()
 
 
