@@ -42,7 +42,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 torch.set_num_threads(1)
 report = {}
@@ -50,6 +50,7 @@ for path in map(Path, sys.argv[1:]):
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     base = AutoModel.from_pretrained(path, trust_remote_code=True)
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True, num_labels=3)
     expected = torch.load(path / "expected.pt")
     logits = {}
     with torch.no_grad():
@@ -60,6 +61,8 @@ for path in map(Path, sys.argv[1:]):
         without_kernels = model(expected["input_ids"]).logits
         base.set_experts_implementation("eager")
         hidden = base(expected["input_ids"]).last_hidden_state
+        classifier.set_experts_implementation("eager")
+        scores = classifier(expected["input_ids"][:1]).logits
         generated = [
             model.generate(expected["input_ids"], max_new_tokens=4, do_sample=False, use_cache=use_cache)
             for use_cache in (True, False)
@@ -75,6 +78,7 @@ for path in map(Path, sys.argv[1:]):
         "same_logits": {name: torch.equal(value, expected["logits"][name]) for name, value in logits.items()},
         "falls_back": torch.equal(without_kernels, expected["logits"]["grouped_mm"]),
         "same_hidden": torch.allclose(model.lm_head(hidden), expected["logits"]["eager"], rtol=1e-4, atol=1e-5),
+        "same_scores": torch.allclose(scores, classifier.score(hidden[:1, -1]), rtol=1e-4, atol=1e-5),
         "same_tokens": all(torch.equal(tokens, expected["generated"]) for tokens in generated),
         "loss": loss.item(),
         "without_gradient": [name for name, p in model.named_parameters() if p.grad is None],
@@ -226,6 +230,7 @@ def test_loads_where_the_package_is_not_installed(checkpoints, tmp_path):
         assert loaded["same_logits"] == dict.fromkeys(("grouped_mm", "eager", "batched_mm"), True)
         assert loaded["falls_back"]
         assert loaded["same_hidden"]
+        assert loaded["same_scores"]
         assert loaded["same_tokens"]
         assert loaded["loss"] == pytest.approx(torch.load(path / "expected.pt")["loss"], rel=1e-6)
         assert loaded["without_gradient"] == []
