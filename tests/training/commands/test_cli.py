@@ -58,6 +58,15 @@ def test_parameter_counts_are_those_of_the_model(router, tied):
     assert counts.activated_ffn == pytest.approx(shared_and_dense + 2 * expected[1], abs=2)
 
 
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    commands = ("convert", "demo", "eval", "finetune", "info", "place", "push", "report", "simulate", "train")
+    assert all(re.search(rf"^ +{command} +\w", printed, re.MULTILINE) for command in commands)
+
+
 def test_info_on_config_and_folder(tmp_path, capsys):
     config = small_config()
     config.save_pretrained(tmp_path)
