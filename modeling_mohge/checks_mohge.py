@@ -75,9 +75,9 @@ def check_finite(config: PreTrainedConfig):
     Raises:
         ValueError: naming the field.
     """
-    defaults = {name: field.default for name, field in type(config).__dataclass_fields__.items()}
-    for name, value in vars(config).items():
-        if value != defaults.get(name) and not isinstance(value, PreTrainedConfig) and not _is_finite(value):
+    for name, field in type(config).__dataclass_fields__.items():
+        value = vars(config).get(name)
+        if value != field.default and not isinstance(value, PreTrainedConfig) and not _is_finite(value):
             raise ValueError(f"`{name}` is {value}: give finite numbers")
 
 

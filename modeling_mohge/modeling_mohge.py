@@ -170,7 +170,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
             return
         inner.__class__ = _class_with_backbone(MoHGEModel, type(inner))
         _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
-        inner.config = self.config
+        inner.config, inner._is_part = self.config, True
         inner._known_arguments = inner._names_taken()
         inner._sparse_paths = tuple(path.removeprefix(f"{self.base_model_prefix}.") for path in self._sparse_paths)
 
@@ -515,10 +515,16 @@ class MoHGEModel(MoHGEPreTrainedModel):
         config ([`MoHGEConfig`]): Config of the model.
     """
 
+    _is_part = False
+    """Whether it is inside a model with a head."""
+
     def forward(self, input_ids: torch.LongTensor | None = None, **kwargs):
         """Run the decoder. Arguments and output are those of the backbone's own model."""
         kwargs["input_ids"] = input_ids
-        if is_inside():  # of a model with a head, which does what is to be done around a forward
+        # In a model with a head, that does what is to be done around a forward, unless a trainer runs this part alone.
+        # A compiler cannot ask which it is.
+        inside = self._is_part or recording.compiling if is_torchdynamo_compiling() else is_inside()
+        if inside:
             return super().forward(**kwargs)
         self._warn_of_left_out_losses(kwargs)
         return self._forward_backbone(kwargs, record=False)[0]

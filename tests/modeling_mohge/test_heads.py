@@ -23,8 +23,8 @@ BACKBONES = {"llama": {}, "qwen3": ATTENTIONS["mixed_windows"], "olmoe": MIXTURE
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def folder(request, tmp_path_factory):
-    """A language model on disk."""
-    path = tmp_path_factory.mktemp(request.param)
+    """A language model on disk, in a folder named after the backbone."""
+    path = tmp_path_factory.mktemp("models") / request.param
     make_model(pad_token_id=0, **BACKBONES[request.param], **LOSSES).save_pretrained(path)
     return path
 
@@ -64,7 +64,7 @@ def test_loss_of_a_head_includes_router_losses_in_training(auto_class, folder, t
             module.p = 0.0
     of_head = model.eval()(ids, attention_mask=mask, labels=labels).loss
     loss = model.train()(ids, attention_mask=mask, labels=labels).loss
-    language_model = make_model(pad_token_id=0, **LOSSES, **BACKBONES[folder.name.rstrip("0")]).train()
+    language_model = make_model(pad_token_id=0, **LOSSES, **BACKBONES[folder.name]).train()
     aux_loss = language_model(ids, attention_mask=mask, labels=ids).aux_loss
     assert_close(loss - of_head, aux_loss, 1e-4)
     loss.backward()

@@ -209,6 +209,8 @@ def test_checkpoint_has_all_its_code(checkpoints):
             "AutoConfig": "configuration_mohge.MoHGEConfig",
             "AutoModel": "modeling_mohge.MoHGEModel",
             "AutoModelForCausalLM": "modeling_mohge.MoHGEForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_mohge.MoHGEForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_mohge.MoHGEForTokenClassification",
         }
         files = {file.name for file in path.glob("*.py")}
         assert {"configuration_mohge.py", "modeling_mohge.py"} <= files
