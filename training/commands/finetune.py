@@ -10,7 +10,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.tuning.lora import known_patterns, lora_config
 from mohge.training.tuning.merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
 
-from .recipe import held_out_sources, is_finished, one_line_errors, open_run, parse_recipe, train_and_save
+from .recipe import held_out_sources, is_finished, one_line_errors, open_run, parse_recipe, sole_run, train_and_save
 
 
 @dataclass
@@ -123,6 +123,11 @@ def run(options: argparse.Namespace) -> int:
         return _without_training(own, training)
     if (Path(own.model) / ADAPTER_CONFIG).exists():
         raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
+    with sole_run(training):
+        return _finetune(own, training, given)
+
+
+def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[str, Any]) -> int:
     config = load_config(own.model)
     adapters = _adapters(own, config, training.output_dir)
     if own.merge is not None and is_finished(training, given):  # and stopped before the merge

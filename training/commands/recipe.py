@@ -4,18 +4,19 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from accelerate.utils import gather_object
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from mohge.conversion.staging import write_file
+from mohge.conversion.staging import hold, write_file
 from mohge.model_cards.shipped import shipped_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
@@ -153,6 +154,37 @@ def held_out_sources(entries: list[str] | None, training: TrainingArguments) -> 
     return sources
 
 
+@contextmanager
+def sole_run(training: TrainingArguments) -> Iterator[None]:
+    """
+    Within this context no other run writes to `output_dir`: those ranks that save hold a lock there, which ends with
+    their process. Folders that were made for nothing are removed.
+
+    Raises:
+        ValueError: on all ranks, if another process holds it.
+    """
+    folder, lock, error, made = Path(training.output_dir), None, None, []
+    try:
+        if training.should_save:
+            try:
+                made = [path for path in (folder, *folder.parents) if not path.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = hold(folder / ".lock", folder)
+            except (ValueError, OSError) as refused:
+                error = refused
+        for refused in gather_object([error]):
+            if refused is not None:
+                raise refused
+        yield
+    finally:
+        if lock is not None:
+            (folder / ".lock").unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is there
+            lock.release()
+        with suppress(OSError):  # until one is not empty
+            for path in made:
+                path.rmdir()
+
+
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
     """
     Look at `output_dir`, before anything else is done, and write nothing.
@@ -241,6 +273,18 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))  # enumerations become their text
 
 
+class _RecipeCallback(TrainerCallback):
+    """Writes the recipe once everything that may be refused has been looked at."""
+
+    def __init__(self, given: dict[str, Any]):
+        self._given = given
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.should_save:
+            text = yaml.safe_dump(_plain(self._given), sort_keys=False, allow_unicode=True)
+            write_file(Path(args.output_dir) / RECIPE_NAME, text)
+
+
 def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str | None) -> bool:
     """
     Train, and save the model, the trainer's `processing_class` and at last the record of the run in `output_dir`.
@@ -253,12 +297,10 @@ def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str
     Returns:
         `bool`: Whether the run is complete; it is not if a signal to stop came, and can then go on.
     """
-    if trainer.args.should_save:
-        text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
-        write_file(Path(trainer.args.output_dir) / RECIPE_NAME, text)
     if not trainer.load_finished(checkpoint):
         stop = StopSignalCallback()
         trainer.add_callback(stop)
+        trainer.add_callback(_RecipeCallback(given))
         trainer.train(resume_from_checkpoint=checkpoint)
         if stop.stopped:
             return False

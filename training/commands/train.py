@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ from mohge.training.data.packing import (
 from mohge.training.loop.checkpointing import check_same_model
 from mohge.training.loop.trainer import MoHGETrainer
 
-from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, train_and_save
+from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, sole_run, train_and_save
 
 
 TOKENIZER_TEXT = 50_000_000
@@ -136,6 +136,15 @@ def run(options: argparse.Namespace) -> int:
     )
     if own.model is None:
         raise ValueError(f"`model` is missing: name a config, a model or one of {', '.join(shipped_recipes())}")
+    with sole_run(training):
+        if _pretrain(own, training, given):
+            return 0
+    print("mohge train: stopped, the same command goes on from here", file=sys.stderr)
+    return 1
+
+
+def _pretrain(own: PretrainArguments, training: TrainingArguments, given: dict[str, Any]) -> bool:
+    """Whether the run is complete."""
     config = load_config(own.model)
     model_without_memory(copy.deepcopy(config))  # which says in one line what cannot be built
     layout = own.layout(config)
@@ -167,10 +176,7 @@ def run(options: argparse.Namespace) -> int:
             data_collator=collate_packed,
             processing_class=tokenizer,
         )
-    if train_and_save(trainer, given, checkpoint):
-        return 0
-    print("mohge train: stopped, the same command goes on from here", file=sys.stderr)
-    return 1
+    return train_and_save(trainer, given, checkpoint)
 
 
 def _tokenizer(

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
@@ -21,10 +21,13 @@ from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
     OPTIMIZER_FOLDER,
     check_same_model,
+    find_not_finite,
     load_optimizer,
     load_scheduler,
     load_sharded_weights,
+    local_tensor,
 )
+from .failure import RunFailed
 from .metrics import RouterStatistics, dense_parameters
 from .traffic import RouterTraffic
 from .watchdog import PeerWatchdog
@@ -49,6 +52,9 @@ class MoHGETrainer(Trainer):
     [`PeerWatchdog`]. Runs with a router loss leave their newest routing in `traffic.json`, for `mohge place` and
     `mohge simulate`, and each expert's load over time in `log_history` (`router_load`: tokens since the entry before
     by sparse layer and expert), for `mohge report`. All ranks must see one file system.
+
+    A loss, gradient or weight that is not finite ends training with [`RunFailed`] on all ranks when the next entry is
+    logged or the next checkpoint is due, which is not written.
     """
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
@@ -62,12 +68,14 @@ class MoHGETrainer(Trainer):
             super().__init__(model, args, *more, **kwargs)
         finally:
             args.save_only_model = save_only_model
+        self.args.logging_nan_inf_filter = False  # which logs 0 for a loss that is not finite
         if self.is_distributed_loading_by_transformers and self.args.world_size != dist.get_world_size():
             raise ValueError(
                 f"`args` say that there are {self.args.world_size} processes, and the model is spread over "
                 f"{dist.get_world_size()}: on CPU pass use_cpu=True to TrainingArguments"
             )
         self.add_callback(RouterScheduleCallback())
+        self.add_callback(_StartCallback(self))
         if not self._watchdogs():
             self.add_callback(PeerWatchdog())
         if self.label_smoother is not None:
@@ -79,6 +87,7 @@ class MoHGETrainer(Trainer):
         config = base_model(self.model).config
         self._traffic = RouterTraffic(config) if config.sparse_layers else None
         self._staging: str | None = None  # folder of a checkpoint that is being written
+        self._resumed_from: str | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`. Gathers what `log` adds."""
@@ -135,6 +144,7 @@ class MoHGETrainer(Trainer):
         """See `Trainer.log`. Adds the language-model loss and the router's figures to the logs of training steps."""
         if "loss" not in logs or self._first_step is None:
             return super().log(logs, start_time)
+        self._check_finite(weights=False)
         logs.update(self._figures(steps=self.state.global_step - self._first_step))
         load = self._statistics.counts if self._statistics is not None and self._statistics.tokens > 0 else None
         self._start_sums()
@@ -163,6 +173,52 @@ class MoHGETrainer(Trainer):
             self._statistics.set_tensors([total / copies for total in totals])
             figures |= {f"router/{name}": value for name, value in self._statistics.summary().items()}
         return figures
+
+    # Numbers that are none.
+
+    def training_step(self, *args, **kwargs):
+        """See `Trainer.training_step`. Takes note of a loss that is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        self._note("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # which leaves out steps whose gradients overflow
+            self._note("gradient's norm", norm)
+        return norm
+
+    def _note(self, name: str, value: torch.Tensor | float):
+        # On the device: what waits for it is the next log entry or checkpoint.
+        value = local_tensor(torch.as_tensor(value, device=self.args.device).detach())
+        self._not_finite[name] = self._not_finite[name] + ~torch.isfinite(value)
+
+    def _check_finite(self, weights: bool):
+        """Raises [`RunFailed`] on all ranks if one has noted something, or, with `weights`, has such a weight."""
+        weight = find_not_finite(self.model.state_dict()) if weights else None
+        found = self._not_finite | {"weight": torch.tensor(weight is not None, device=self.args.device)}
+        found = self.accelerator.reduce({name: count.float() for name, count in found.items()}, "sum")
+        names = [name for name, count in found.items() if count > 0]
+        if names:
+            last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            kept = "no checkpoint was there yet" if last is None else f"{last} is kept"
+            go_on = "" if last is None else ", and go on from it with `resume_from_checkpoint`"
+            raise RunFailed(
+                f"not finite at step {self.state.global_step}: {', '.join(names)}; nothing was saved from there, and "
+                f"{kept}: lower `learning_rate`, or look at the text and the model{go_on}"
+            )
+
+    def _check_start(self, source: str | None):
+        """Raises `ValueError` on all ranks if a weight of one is not finite. `source` is where they come from."""
+        self._not_finite = {name: torch.zeros((), device=self.args.device) for name in ("loss", "gradient's norm")}
+        for name in gather_object([find_not_finite(self.model.state_dict())]):
+            if name is not None:
+                source = source or base_model(self.model).config._name_or_path or "the model"
+                raise ValueError(f"`{name}` of {source} is not finite: start from other weights")
+
+    def _finalize_training(self, *args, **kwargs):
+        self._check_finite(weights=True)
+        return super()._finalize_training(*args, **kwargs)
 
     # Evaluation.
 
@@ -193,6 +249,7 @@ class MoHGETrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
+        self._check_finite(weights=True)
         run_dir = super()._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staging = os.path.join(run_dir, ".incomplete")
@@ -292,6 +349,7 @@ class MoHGETrainer(Trainer):
             self.state = state
             best = self.args.load_best_model_at_end and state.best_model_checkpoint
             self._load_best_model() if best else self._load_from_checkpoint(checkpoint)
+            self._check_start(state.best_model_checkpoint if best else checkpoint)
         return finished
 
     def _load_best_model(self):
@@ -303,6 +361,20 @@ class MoHGETrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
+        self._read_optimizer_and_scheduler(checkpoint)
+        states = {
+            f"{key} {number}": value
+            for number, state in enumerate(self.optimizer.state.values())
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+        for name in gather_object([find_not_finite(states)]):
+            if name is not None:
+                raise ValueError(
+                    f"`{name}` in the optimizer's state of {checkpoint} is not finite: go on from another checkpoint"
+                )
+
+    def _read_optimizer_and_scheduler(self, checkpoint: str):
         if os.path.isdir(os.path.join(checkpoint, OPTIMIZER_FOLDER)):
             load_optimizer(self.model, self._plain_optimizer(), os.path.join(checkpoint, OPTIMIZER_FOLDER))
             load_scheduler(self.lr_scheduler, os.path.join(checkpoint, SCHEDULER_NAME))
@@ -321,10 +393,13 @@ class MoHGETrainer(Trainer):
 
     # Traffic.
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """See `Trainer.train`. Writes `traffic.json` at the end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._resumed_from = resume_from_checkpoint or None
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
         except BaseException:
             for watchdog in self._watchdogs():
                 watchdog.leave()
@@ -345,6 +420,16 @@ class MoHGETrainer(Trainer):
             )
             os.makedirs(self.args.output_dir, exist_ok=True)
             everything.save(os.path.join(self.args.output_dir, "traffic.json"))
+
+
+class _StartCallback(TrainerCallback):
+    """What is left to do when everything has been loaded, before the first step."""
+
+    def __init__(self, trainer: MoHGETrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._check_start(self._trainer._resumed_from)
 
 
 __all__ = ["MoHGETrainer"]
