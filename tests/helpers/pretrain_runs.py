@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -161,13 +162,29 @@ def run_command_with_fault(fault: str, step: int, rank: int, cache: Path, *flags
     run_command(cache, *flags)
 
 
+def run_command_with_little_space(place: str, cache: Path, *flags: str):
+    """The same, but from when `place` in the run's folder is written no file can grow beyond 20 kB."""
+    owner, name, reached = {
+        "/.initial": (modeling_utils, "safe_save_file", _writing_weights_to(".initial")),
+        "/checkpoint-4": (MoHGETrainer, "_save_checkpoint", lambda trainer, *args: trainer.state.global_step == 4),
+        "": (MoHGETrainer, "save_model", lambda trainer, folder=None, **kwargs: folder is None),
+    }[place]
+    before_call(owner, name, reached, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    run_command(cache, *flags)
+
+
 def signal_in(owner, name: str, reached: Callable[..., bool], number: signal.Signals):
     """Have this process get a signal when the function `name` is called as `reached` says."""
+    before_call(owner, name, reached, lambda: os.kill(os.getpid(), number))
+
+
+def before_call(owner, name: str, reached: Callable[..., bool], act: Callable[[], None]):
+    """Have this process `act` when the function `name` is called as `reached` says."""
     function = getattr(owner, name)
 
     def interrupted(*args, **kwargs):
         if reached(*args, **kwargs):
-            os.kill(os.getpid(), number)
+            act()
         return function(*args, **kwargs)
 
     setattr(owner, name, interrupted)

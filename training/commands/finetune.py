@@ -22,11 +22,21 @@ from mohge.commands.main import main
 from mohge.model_cards.shipped import load_config
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
+from mohge.training.loop.checkpointing import reading
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.tuning.lora import known_patterns, lora_config
 from mohge.training.tuning.merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
 
-from .recipe import held_out_sources, is_finished, one_line_errors, open_run, parse_recipe, sole_run, train_and_save
+from .recipe import (
+    held_out_sources,
+    is_finished,
+    one_line_errors,
+    open_run,
+    parse_recipe,
+    print_stopped,
+    sole_run,
+    train_and_save,
+)
 
 
 @dataclass
@@ -136,7 +146,7 @@ def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[s
         checkpoint = open_run(training, given)
     trainer = _trainer(own, config, training, adapters)
     if not train_and_save(trainer, given, checkpoint):
-        print("mohge finetune: stopped, the same command goes on from here", file=sys.stderr)
+        print_stopped("finetune", training)
         return 1
     return _merge(training.output_dir, own) if own.merge is not None and training.should_save else 0
 
@@ -264,7 +274,8 @@ def _model(
     if own.quantize is not None:
         quantization = _quantization()
         options["quantization_config"] = quantization.expert_quantization(config, own.quantize, own.quantize_min_width)
-    model = MoHGEForCausalLM.from_pretrained(own.model, **options)
+    with reading(own.model):
+        model = MoHGEForCausalLM.from_pretrained(own.model, **options)
     if getattr(model, "hf_quantizer", None) is not None:
         _quantization().allow_adapters(model)
     if adapters is None:

@@ -35,10 +35,11 @@ from mohge.training.data.packing import (
     parse_sources,
     read_rows,
 )
-from mohge.training.loop.checkpointing import check_same_model
+from mohge.training.loop.checkpointing import check_same_model, reading
+from mohge.training.loop.failure import writing
 from mohge.training.loop.trainer import MoHGETrainer
 
-from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, sole_run, train_and_save
+from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, print_stopped, sole_run, train_and_save
 
 
 TOKENIZER_TEXT = 50_000_000
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
     with sole_run(training):
         if _pretrain(own, training, given):
             return 0
-    print("mohge train: stopped, the same command goes on from here", file=sys.stderr)
+    print_stopped("train", training)
     return 1
 
 
@@ -166,7 +167,7 @@ def _pretrain(own: PretrainArguments, training: TrainingArguments, given: dict[s
     if own.streaming:
         text = text.repeat(None)  # Trainer cannot go on in the second epoch of a stream
     dtype = own.dtype or config.dtype or "float32"
-    with _start(own, config, training, checkpoint) as start, one_line_errors():
+    with _start(own, config, training, checkpoint) as start, one_line_errors(), reading(start):
         trainer = MoHGETrainer(
             # A checkpoint's own config has the tokenizer's padding token, whose embedding then gets no gradient.
             MoHGEForCausalLM.from_pretrained(start, config=config, dtype=dtype, distributed_config=layout),
@@ -227,7 +228,9 @@ def _start(
         with training.main_process_first(local=False):
             if training.should_save:
                 set_seed(training.seed)
-                MoHGEForCausalLM(copy.deepcopy(config)).save_pretrained(folder)  # which notes things in the config
+                with writing(folder):
+                    # which notes things in the config
+                    MoHGEForCausalLM(copy.deepcopy(config)).save_pretrained(folder)
         yield str(folder)
         PartialState().wait_for_everyone()
     finally:

@@ -1,8 +1,9 @@
 """Training MoHGE models with Hugging Face Trainer."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -15,25 +16,37 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
+from mohge.conversion.staging import write_file
 from mohge.losses_mohge import at_least_one, targets_per_sequence
 
 from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
     OPTIMIZER_FOLDER,
+    check_resumable,
     check_same_model,
     find_not_finite,
     load_optimizer,
     load_scheduler,
     load_sharded_weights,
     local_tensor,
+    read_state,
+    reading,
 )
-from .failure import RunFailed
+from .failure import RunFailed, writing
 from .metrics import RouterStatistics, dense_parameters
 from .traffic import RouterTraffic
 from .watchdog import PeerWatchdog
 
 
 logger = logging.get_logger(__name__)
+
+TRAFFIC_NAME = "traffic.json"
+"""File of a run or checkpoint that holds its newest routing."""
+
+RECORD_NAME = "record.json"
+"""File of a checkpoint that holds what has been summed up for log entries to come."""
+
+_RECORD = {"total_loss", "loss_since", "last_logged", "first_step", "batches", "ranks"}
 
 LOAD_RECORDS = 256
 """Largest number of entries of `log_history` that hold every expert's load."""
@@ -88,6 +101,7 @@ class MoHGETrainer(Trainer):
         self._traffic = RouterTraffic(config) if config.sparse_layers else None
         self._staging: str | None = None  # folder of a checkpoint that is being written
         self._resumed_from: str | None = None
+        self._traffic_before = []  # the newest records of the steps before the checkpoint that the run goes on from
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`. Gathers what `log` adds."""
@@ -138,10 +152,12 @@ class MoHGETrainer(Trainer):
         self._statistics = RouterStatistics(model.config, dense) if model.config.sparse_layers else None
 
     def _add(self, name: str, value: torch.Tensor):
-        self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._sums[name] = self._sums.get(name, 0) + value.detach().float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. Adds the language-model loss and the router's figures to the logs of training steps."""
+        if "train_loss" in logs:  # of all steps, also those before the checkpoint that the run went on from
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._loss_since, 0.001)
         if "loss" not in logs or self._first_step is None:
             return super().log(logs, start_time)
         self._check_finite(weights=False)
@@ -150,7 +166,7 @@ class MoHGETrainer(Trainer):
         self._start_sums()
         super().log(logs, start_time)
         if load is not None:  # in the record only: reports take numbers
-            self._record_load([[int(count) for count in layer.tolist()] for layer in load])
+            self._record_load([[round(count) for count in layer.tolist()] for layer in load])
 
     def _record_load(self, load: list[list[int]]):
         """Keep what each expert got since the last log, thinned out in long runs."""
@@ -252,7 +268,22 @@ class MoHGETrainer(Trainer):
         self._check_finite(weights=True)
         run_dir = super()._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        final = os.path.join(run_dir, name)
         staging = os.path.join(run_dir, ".incomplete")
+        try:
+            with writing(final):
+                self._write_checkpoint(model, trial, run_dir, staging, name)
+        except RunFailed:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        if self.args.should_save:
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(final)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model, trial, run_dir: str, staging: str, name: str):
         written, final = os.path.join(staging, name), os.path.join(run_dir, name)
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -262,6 +293,7 @@ class MoHGETrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        self._save_record(written)
         self.accelerator.wait_for_everyone()  # every rank has written its part
         if self.state.best_global_step:
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
@@ -275,10 +307,6 @@ class MoHGETrainer(Trainer):
             os.rename(written, final)
             shutil.rmtree(staging)
             shutil.rmtree(replaced, ignore_errors=True)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(final)
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.accelerator.wait_for_everyone()
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
@@ -330,17 +358,26 @@ class MoHGETrainer(Trainer):
         whole = isinstance(model, MoHGEForCausalLM)  # not an adapter on it
         if whole and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
             check_same_model(model.config, resume_from_checkpoint)
-        if whole and self.is_distributed_loading_by_transformers:
-            load_sharded_weights(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading(resume_from_checkpoint):
+            if whole and self.is_distributed_loading_by_transformers:
+                load_sharded_weights(model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def load_finished(self, checkpoint: str | None) -> bool:
         """Load the weights and the record of a checkpoint after which there is nothing left to train, and say whether
         it is one. (`Trainer` would train another step.)"""
         if checkpoint is None:
             return False
-        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        file = os.path.join(checkpoint, TRAINER_STATE_NAME)
+        try:
+            state = TrainerState.load_from_json(file)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
         if self.args.max_steps > 0:
             finished = state.global_step >= self.args.max_steps
         else:
@@ -350,6 +387,12 @@ class MoHGETrainer(Trainer):
             best = self.args.load_best_model_at_end and state.best_model_checkpoint
             self._load_best_model() if best else self._load_from_checkpoint(checkpoint)
             self._check_start(state.best_model_checkpoint if best else checkpoint)
+            record = self._read_record(checkpoint)
+            if record is not None:
+                self._restore_record(record, checkpoint)
+                self._total_loss_scalar += self._tr_loss.item()
+                self.log({"total_flos": state.total_flos, "train_loss": 0.0})
+            self._save_traffic(self.args.output_dir)
         return finished
 
     def _load_best_model(self):
@@ -361,7 +404,10 @@ class MoHGETrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
-        self._read_optimizer_and_scheduler(checkpoint)
+        with reading(checkpoint):
+            self._read_optimizer_and_scheduler(checkpoint)
+            for file in Path(checkpoint).glob("rng_state*.pth"):  # which Trainer does in the first step
+                read_state(file)
         states = {
             f"{key} {number}": value
             for number, state in enumerate(self.optimizer.state.values())
@@ -384,52 +430,132 @@ class MoHGETrainer(Trainer):
                 "start anew from its weights, without `resume_from_checkpoint`"
             )
         else:
-            if self.is_distributed_loading_by_transformers:
-                logger.warning(f"{checkpoint} holds no state of an optimizer: optimizer and schedule start anew.")
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
 
-    # Traffic.
+    # The record of a run, which is part of its state.
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """See `Trainer.train`. Writes `traffic.json` at the end."""
+        """See `Trainer.train`. Writes `traffic.json` at the end; figures of the whole are those of a run that was not
+        cut off."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         self._resumed_from = resume_from_checkpoint or None
+        if self._resumed_from is None:
+            if self.args.save_only_model and self.args.save_strategy != "no" and self.is_world_process_zero():
+                logger.warning("`save_only_model` is set: no checkpoint of this run can be resumed.")
+        elif not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which have files of their own
+            record = self._read_record(self._resumed_from)
+            ranks = 0 if record is None else len(record["ranks"])
+            check_resumable(self._resumed_from, ranks)
+            if ranks not in (0, self.args.world_size) and self.is_world_process_zero():
+                logger.warning(
+                    f"{self._resumed_from} is of {ranks} ranks, and here are {self.args.world_size}: random numbers, "
+                    "as of dropout, are others than they would have been."
+                )
         try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(self._resumed_from, *args, **kwargs)
         except BaseException:
             for watchdog in self._watchdogs():
                 watchdog.leave()
             raise
-        if self._traffic is not None:
-            self._save_traffic(self._traffic)
-        return result
+        with writing(self.args.output_dir):
+            self._save_traffic(self.args.output_dir)
+        return result._replace(training_loss=result.metrics["train_loss"])
+
+    def _begin(self):
+        """What is left to do when everything has been loaded, before the first step."""
+        self._check_start(self._resumed_from)
+        self._loss_since = self.state.global_step
+        record = None if self._resumed_from is None else self._read_record(self._resumed_from)
+        if record is not None:
+            with reading(self._resumed_from):
+                self._restore_record(record, self._resumed_from)
+
+    def _batches(self) -> int:
+        """Number of ranks with batches of their own."""
+        return self.args.world_size // self.get_tp_size()
+
+    def _save_record(self, folder: str):
+        """Write what log entries and figures still to come need of the steps so far."""
+        router = self._statistics
+        own = {
+            "loss": self._tr_loss.item(),
+            "sums": {name: value.item() for name, value in self._sums.items()},
+            "router": None if router is None else [total.tolist() for total in router.tensors()],
+        }
+        record = {
+            "total_loss": self._total_loss_scalar,
+            "loss_since": self._loss_since,
+            "last_logged": self._globalstep_last_logged,
+            "first_step": self._first_step,
+            "batches": self._batches(),
+            "ranks": gather_object([own]),
+        }
+        if self.args.should_save:
+            write_file(Path(folder) / RECORD_NAME, json.dumps(record))
+        self._save_traffic(folder)
+
+    def _read_record(self, checkpoint: str) -> dict | None:
+        file = Path(checkpoint) / RECORD_NAME
+        if not file.exists():
+            return None  # of a plain Trainer
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if not (isinstance(record, dict) and record.keys() >= _RECORD and isinstance(record["ranks"], list)):
+                raise ValueError(f"it is no object with {', '.join(sorted(_RECORD))}")
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
+        return record
+
+    def _restore_record(self, record: dict, checkpoint: str):
+        ranks, here = record["ranks"], self.args.world_size
+        # Another number of ranks divides the whole evenly.
+        own = [ranks[self.args.process_index]] if len(ranks) == here else ranks
+        mean = 1 / len(own)
+        share = mean if len(ranks) == here else mean * record["batches"] / self._batches()
+
+        def total(values: Iterable, factor: float) -> torch.Tensor:
+            return torch.tensor(list(values)).sum(0) * factor
+
+        of_sums = share if self.args.average_tokens_across_devices else mean
+        self._total_loss_scalar, self._loss_since = record["total_loss"], record["loss_since"]
+        self._globalstep_last_logged, self._first_step = record["last_logged"], record["first_step"]
+        self._tr_loss = total((rank["loss"] for rank in own), mean).to(self.args.device)
+        self._sums = {name: total((rank["sums"][name] for rank in own), of_sums) for name in own[0]["sums"]}
+        if self._statistics is not None:
+            self._statistics.set_tensors(
+                [total(values, share) for values in zip(*(rank["router"] for rank in own), strict=True)]
+            )
+        traffic = Path(checkpoint) / TRAFFIC_NAME
+        if self._traffic is not None and traffic.exists():
+            before = RouterTraffic.load(traffic)
+            before.check(base_model(self.model).config)
+            self._traffic_before = before.records
 
     def _watchdogs(self) -> list[PeerWatchdog]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PeerWatchdog)]
 
-    def _save_traffic(self, traffic: RouterTraffic):
-        by_rank = gather_object([traffic.records])[:: self.get_tp_size()]
-        if self.args.should_save and any(by_rank):
+    def _save_traffic(self, folder: str):
+        if self._traffic is None:
+            return
+        by_rank = gather_object([self._traffic.records])[:: self.get_tp_size()]
+        records = self._traffic_before + [record for forward in zip(*by_rank, strict=False) for record in forward]
+        if self.args.should_save and records:
             everything = RouterTraffic(base_model(self.model).config)
-            everything.extend(
-                [record for forward in zip(*by_rank, strict=False) for record in forward][-traffic.limit :]
-            )
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            everything.save(os.path.join(self.args.output_dir, "traffic.json"))
+            everything.extend(records[-everything.limit :])
+            os.makedirs(folder, exist_ok=True)
+            everything.save(os.path.join(folder, TRAFFIC_NAME))
 
 
 class _StartCallback(TrainerCallback):
-    """What is left to do when everything has been loaded, before the first step."""
-
     def __init__(self, trainer: MoHGETrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer._check_start(self._trainer._resumed_from)
+        self._trainer._begin()
 
 
 __all__ = ["MoHGETrainer"]

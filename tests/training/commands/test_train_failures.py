@@ -1,5 +1,6 @@
 """`mohge train` and `mohge finetune` that cannot go on: they say why in one line, and what was good stays."""
 
+import os
 import re
 import shutil
 import signal
@@ -20,6 +21,7 @@ from pretrain_runs import (
     run_command,
     run_command_stopped_in_step,
     run_command_with_fault,
+    run_command_with_little_space,
     train,
 )
 from safetensors.torch import load_file, save_file
@@ -182,3 +184,80 @@ def test_optimizer_that_is_not_finite_is_not_gone_on_with(begun, inputs, capsys)
     torch.save(state, file)
     line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
     assert re.search(r"`exp_avg 2` .*checkpoint-4 is not finite", line)
+
+
+# Checkpoints that lack something or are broken.
+
+STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", STATE)
+@pytest.mark.parametrize("damage", ["missing", "cut off", "empty"])
+def test_checkpoint_that_is_not_whole_is_refused(damage, name, begun, inputs, capsys):
+    spoil(begun / "checkpoint-4" / name, damage)
+    before = contents(begun)
+    line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
+    assert name in line
+    assert "checkpoint-4" in line
+    assert contents(begun) == before
+    assert ("as `model`" in line) == (damage == "missing" and name.endswith(("pt", "pth")))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "record.json", "traffic.json"])
+def test_checkpoint_that_is_broken_is_refused(name, begun, inputs, capsys):
+    spoil(begun / "checkpoint-4" / name, "cut off")
+    line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
+    assert f"checkpoint-4/{name} " in line
+
+
+def test_checkpoint_of_an_adapter_that_is_broken_is_refused(tmp_path, capsys):
+    make_workplace(tmp_path)
+    assert finetune(tmp_path, "run", lora_rank=2, save_steps=2) == 0
+    for name in ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for name, damage in (
+        ("adapter_model.safetensors", "cut off"),
+        ("optimizer.pt", "cut off"),
+        ("scheduler.pt", "missing"),
+    ):
+        spoil(tmp_path / "run" / "checkpoint-2" / name, damage)
+        capsys.readouterr()
+        assert finetune(tmp_path, "run", lora_rank=2, save_steps=2) == 2
+        assert f"checkpoint-2{' has no ' if damage == 'missing' else '/'}{name}" in only_line(
+            capsys.readouterr().err, "finetune"
+        )
+        shutil.copy(tmp_path / "run" / "checkpoint-2.whole" / name, tmp_path / "run" / "checkpoint-2")
+
+
+def spoil(file: Path, damage: str):
+    """Damage a file of a checkpoint, of which a whole copy stays beside it."""
+    if not (copy := file.parent.with_suffix(".whole")).exists():
+        shutil.copytree(file.parent, copy)
+    size = {"missing": None, "cut off": file.stat().st_size // 2, "empty": 0}[damage]
+    if size is None:
+        file.unlink()
+    else:
+        os.truncate(file, size)
+
+
+def test_run_that_saves_only_the_model_says_that_it_cannot_go_on(inputs, tmp_path, capsys, caplog):
+    flags = arguments(inputs, tmp_path / "run", **SAVE, save_only_model=True)
+    assert main(["train", *flags]) == 0
+    assert "no checkpoint of this run can be resumed" in caplog.text
+    line = fail([*flags, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-2")], capsys, status=2)
+    assert "checkpoint-2 has no optimizer.pt (`save_only_model` leaves it out)" in line
+
+
+# A full disk.
+
+
+@pytest.mark.parametrize(("place", "saved"), [("/.initial", []), ("/checkpoint-4", [2]), ("", [2, 4])])
+def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(place, saved, inputs, cache, tmp_path):
+    flags = arguments(inputs, tmp_path / "run", **{**SAVE, "max_steps": 4})
+    ranks = Ranks(1, tmp_path / "logs", run_command_with_little_space, place, cache, *flags)
+    assert ranks.wait() == [1], ranks.errors()
+    assert re.search(rf"run{place} cannot be written \(.*\): .*make room", only_line(ranks.errors()))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [f"checkpoint-{n}" for n in saved]
+    assert not list((tmp_path / "run").glob(".*"))
+    assert main(["train", *flags]) == 0
