@@ -7,6 +7,8 @@ from typing import Literal
 import yaml
 from huggingface_hub.dataclasses import strict
 
+from mohge.model_cards.records import parse_yaml
+
 
 Mode = Literal["regroup", "trim", "copy", "residual", "split", "shards", "export"]
 Router = Literal["two_level", "top_k", "top_p", "grouped_top_k", "source"]
@@ -71,8 +73,8 @@ def load_recipe(path: str | None, **options) -> Recipe:
     values = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            values = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a YAML recipe ({error})") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} is no recipe: write one option per line, such as `mode: regroup`")

@@ -34,11 +34,7 @@ class Staging:
         self.scratch = output.parent / f".{output.name}.scratch"
         self.scratch.mkdir(parents=True, exist_ok=True)
         self._prepared = self.scratch / "prepared"
-        self._lock = FileLock(self.scratch / "lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"another process is writing {output}: wait for it, or name another folder") from None
+        self._lock = hold(self.scratch / "lock", output)
         try:
             self._claim(identity)
         except ValueError:
@@ -120,6 +116,22 @@ class Staging:
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         self.folder.rename(self.output)
+
+
+def hold(file: Path, output: Path) -> FileLock:
+    """
+    Lock `file`, which says that this process writes `output`. The system lets go of it when the process ends, however
+    that may be.
+
+    Raises:
+        ValueError: if another process has locked it.
+    """
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is writing {output}: wait for it, or name another folder") from None
+    return lock
 
 
 def write_file(path: Path, text: str):

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path, PurePath
+from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
@@ -29,6 +30,21 @@ def is_hub_id(text: str | None) -> bool:
     return True
 
 
+def parse_yaml(text: str) -> Any:
+    """
+    What YAML text says.
+
+    Raises:
+        ValueError: if it is none, or has too many levels.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("it has too many levels") from error
+
+
 def read_record(folder: Path, name: str) -> dict:
     """
     Read a record. Of the paths in it only the last parts are left, and no token.
@@ -44,10 +60,10 @@ def read_record(folder: Path, name: str) -> dict:
         return {}
     try:
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+        content = parse_yaml(text) if file.suffix == ".yaml" else json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read ({error}): mend or remove it") from error
     return _portable(content)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -148,16 +149,81 @@ def run_command_terminated_in_step(step: int, rank: int | None, cache: Path, *fl
     run_command(cache, *flags)
 
 
+def run_command_stopped_in_step(step: int, cache: Path, *flags: str):
+    """The same, but the process stops, and lives on, in the middle of `step`."""
+    signal_in(MoHGETrainer, "training_step", lambda self, *args: self.state.global_step == step - 1, signal.SIGSTOP)
+    run_command(cache, *flags)
+
+
+def run_command_with_fault(fault: str, step: int, rank: int, cache: Path, *flags: str):
+    """The same, with one of `FAULTS` on one rank."""
+    if int(os.environ["RANK"]) == rank:
+        FAULTS[fault](setattr, step)
+    run_command(cache, *flags)
+
+
+def run_command_with_little_space(place: str, cache: Path, *flags: str):
+    """The same, but from when `place` in the run's folder is written no file can grow beyond 20 kB."""
+    owner, name, reached = {
+        "/.initial": (modeling_utils, "safe_save_file", _writing_weights_to(".initial")),
+        "/checkpoint-4": (MoHGETrainer, "_save_checkpoint", lambda trainer, *args: trainer.state.global_step == 4),
+        "": (MoHGETrainer, "save_model", lambda trainer, folder=None, **kwargs: folder is None),
+    }[place]
+    before_call(owner, name, reached, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    run_command(cache, *flags)
+
+
 def signal_in(owner, name: str, reached: Callable[..., bool], number: signal.Signals):
     """Have this process get a signal when the function `name` is called as `reached` says."""
+    before_call(owner, name, reached, lambda: os.kill(os.getpid(), number))
+
+
+def before_call(owner, name: str, reached: Callable[..., bool], act: Callable[[], None]):
+    """Have this process `act` when the function `name` is called as `reached` says."""
     function = getattr(owner, name)
 
     def interrupted(*args, **kwargs):
         if reached(*args, **kwargs):
-            os.kill(os.getpid(), number)
+            act()
         return function(*args, **kwargs)
 
     setattr(owner, name, interrupted)
+
+
+def _fault(spoil: Callable[[torch.Tensor, torch.nn.Parameter], torch.Tensor]) -> Callable:
+    def inject(set_attribute: Callable, step: int):
+        training_step = Trainer.training_step
+
+        def spoiled(trainer: Trainer, *args, **kwargs) -> torch.Tensor:
+            loss = training_step(trainer, *args, **kwargs)
+            if trainer.state.global_step == step - 1:
+                weight = [parameter for parameter in trainer.model.parameters() if parameter.grad is not None][-1]
+                return spoil(loss, weight)
+            return loss
+
+        set_attribute(Trainer, "training_step", spoiled)
+
+    return inject
+
+
+@torch.no_grad()
+def _spoil_gradient(loss: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+    weight.grad.view(-1)[0] = torch.inf
+    return loss
+
+
+@torch.no_grad()
+def _spoil_weight(loss: torch.Tensor, weight: torch.nn.Parameter) -> torch.Tensor:
+    weight.view(-1)[0] = torch.nan
+    return loss
+
+
+FAULTS = {
+    "loss": _fault(lambda loss, weight: loss * torch.nan),
+    "gradient": _fault(_spoil_gradient),
+    "weight": _fault(_spoil_weight),
+}
+"""What is no number after one step -> a function that brings it about, with the means to replace an attribute."""
 
 
 def _writing_weights_to(last_part: str) -> Callable[..., bool]:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,16 @@ from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.tuning.lora import known_patterns, lora_config
 from mohge.training.tuning.merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
 
-from .recipe import held_out_sources, is_finished, one_line_errors, open_run, parse_recipe, train_and_save
+from .recipe import (
+    held_out_sources,
+    is_finished,
+    one_line_errors,
+    open_run,
+    parse_recipe,
+    print_stopped,
+    sole_run,
+    train_and_save,
+)
 
 
 @dataclass
@@ -124,6 +133,11 @@ def run(options: argparse.Namespace) -> int:
         return _without_training(own, training)
     if (Path(own.model) / ADAPTER_CONFIG).exists():
         raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
+    with sole_run(training):
+        return _finetune(own, training, given)
+
+
+def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[str, Any]) -> int:
     config = load_config(own.model)
     adapters = _adapters(own, config, training.output_dir)
     if own.merge is not None and is_finished(training, given):  # and stopped before the merge
@@ -132,7 +146,7 @@ def run(options: argparse.Namespace) -> int:
         checkpoint = open_run(training, given)
     trainer = _trainer(own, config, training, adapters)
     if not train_and_save(trainer, given, checkpoint):
-        print("mohge finetune: stopped, the same command goes on from here", file=sys.stderr)
+        print_stopped("finetune", training)
         return 1
     return _merge(training.output_dir, own) if own.merge is not None and training.should_save else 0
 

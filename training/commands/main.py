@@ -1,4 +1,4 @@
-"""The `mohge` command. Exit status: 0, 1 when a check failed, 2 for bad usage or input."""
+"""The `mohge` command. Exit status: 0, 1 when a check or a run failed, 2 for bad usage or input."""
 
 import argparse
 import os
@@ -55,11 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nmohge {options.command}: interrupted, {left}", file=sys.stderr)
         return 1
     except Exception as error:
-        if not _is_users(error):
+        from mohge.training.loop.failure import RunFailed
+
+        failed = isinstance(error, RunFailed)
+        if not (failed or _is_users(error)):
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one on each machine
             print(f"mohge {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if failed else 2
 
 
 def _is_users(error: Exception) -> bool:

@@ -2,23 +2,28 @@
 
 import argparse
 import json
+import math
 import os
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments, get_scheduler
+from accelerate.utils import gather_object
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from mohge.conversion.staging import write_file
+from mohge.conversion.staging import hold, write_file
+from mohge.model_cards.records import parse_yaml
 from mohge.model_cards.shipped import shipped_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
+from mohge.training.loop.failure import RunFailed, writing
 from mohge.training.loop.trainer import MoHGETrainer
 
 
@@ -34,6 +39,30 @@ _MAY_DIFFER = {
     *("disable_tqdm", "log_level", "log_level_replica", "save_total_limit", "num_proc"),
 }
 """Arguments of which a run that goes on may have others: what it computes does not depend on them."""
+
+_NUMBERS = {
+    name: (wanted, fits)
+    for wanted, fits, names in (
+        ("a whole number of at least 1, or -1 to count epochs", lambda n: n >= 1 or n == -1, ["max_steps"]),
+        ("a number from 0 to below 1", lambda x: 0 <= x < 1, ["adam_beta1", "adam_beta2", "label_smoothing_factor"]),
+        ("a number above 0", lambda x: x > 0, ["num_train_epochs", "logging_steps", "save_steps", "eval_steps"]),
+        (
+            "a number of at least 0",
+            lambda x: x >= 0,
+            ["learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "neftune_noise_alpha"],
+        ),
+        (
+            "a whole number of at least 1",
+            lambda n: n >= 1,
+            [
+                *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+                *("eval_accumulation_steps", "dataloader_prefetch_factor", "shuffle_buffer", "num_proc"),
+            ],
+        ),
+    )
+    for name in names
+}
+"""Arguments that are numbers -> which are meant, in words, and whether one is."""
 
 
 class _Parser(HfArgumentParser):
@@ -75,7 +104,9 @@ def parse_recipe(
         "recipe", nargs="?", help="YAML file, or name of a shipped recipe, with values of the flags below"
     )
     recipe = parser.parse_args(arguments).recipe
-    values = parser.parse_args([] if recipe is None else _as_arguments(recipe))
+    values = parser.parse_args([] if recipe is None else _as_arguments(recipe, parser))
+    if values.recipe is not None:
+        raise ValueError(f"{recipe} has a list where one value belongs, of which {values.recipe} is too many")
     values = vars(parser.parse_args(arguments, values))
     del values["recipe"]
     defaults = vars(parser.parse_args([]))
@@ -83,13 +114,23 @@ def parse_recipe(
     for name, value in given.items():
         if isinstance(value, str) and value.lstrip().startswith("{"):
             try:
-                yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ValueError(f"`{name}` is {value}, which is no mapping ({error}): mend it") from error
-    parsed = list(parser.parse_dict(values))
+                parse_yaml(value)
+            except ValueError as error:
+                raise ValueError(f"`{name}` is {value:.80}, which is no mapping ({error}): mend it") from error
+    _check_numbers(values)
+    with one_line_errors():
+        parsed = list(parser.parse_dict(values))
     for training in (part for part in parsed if isinstance(part, TrainingArguments)):
         _check_schedule(training)
     return parsed, given
+
+
+def _check_numbers(values: dict[str, Any]):
+    """What `TrainingArguments` takes, and fails at later or not at all."""
+    for name, value in values.items():
+        wanted, fits = _NUMBERS.get(name, (None, None))
+        if wanted is not None and value is not None and not (fits(value) and value < math.inf):
+            raise ValueError(f"`{name}` is {value}: give {wanted}")
 
 
 def _check_schedule(training: TrainingArguments):
@@ -114,25 +155,29 @@ def _check_schedule(training: TrainingArguments):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Within this context, what a `Trainer` misses (a reporter, a device, a library) is a ValueError."""
+    """Within this context, what a `Trainer` or its arguments lack (a reporter, a device) is a ValueError."""
     try:
         yield
+    except RunFailed:
+        raise
     except (ImportError, RuntimeError, TypeError) as error:
         raise ValueError(str(error)) from error
 
 
-def _as_arguments(recipe: str) -> list[str]:
+def _as_arguments(recipe: str, parser: _Parser) -> list[str]:
     path = Path(recipe) if Path(recipe).exists() else shipped_file(recipe, RECIPE_NAME)
     if path is None:
         raise ValueError(f"{recipe} is neither a file nor a shipped recipe: give a YAML file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{recipe} cannot be read as a YAML recipe ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{recipe} is no recipe: write one `name: value` per line")
     arguments = []
     for name, value in values.items():
+        if f"--{name}" not in parser._option_string_actions:  # also without a value, which argparse does not see
+            raise ValueError(f"{recipe} has --{name}, which is no flag: look for it in --help")
         if isinstance(value, list):
             arguments += [f"--{name}", *map(_as_text, value)]
         elif value is not None:
@@ -151,6 +196,37 @@ def held_out_sources(entries: list[str] | None, training: TrainingArguments) -> 
         logger.warning("`eval_datasets` is not used: `eval_strategy` is no")
         return []
     return sources
+
+
+@contextmanager
+def sole_run(training: TrainingArguments) -> Iterator[None]:
+    """
+    Within this context no other run writes to `output_dir`: those ranks that save hold a lock there, which ends with
+    their process. Folders that were made for nothing are removed.
+
+    Raises:
+        ValueError: on all ranks, if another process holds it.
+    """
+    folder, lock, error, made = Path(training.output_dir), None, None, []
+    try:
+        if training.should_save:
+            try:
+                made = [path for path in (folder, *folder.parents) if not path.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = hold(folder / ".lock", folder)
+            except (ValueError, OSError) as refused:
+                error = refused
+        for refused in gather_object([error]):
+            if refused is not None:
+                raise refused
+        yield
+    finally:
+        if lock is not None:
+            (folder / ".lock").unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is there
+            lock.release()
+        with suppress(OSError):  # until one is not empty
+            for path in made:
+                path.rmdir()
 
 
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
@@ -210,8 +286,10 @@ def _check_same_run(folder: Path, given: dict[str, Any]):
     if not (folder / RECIPE_NAME).exists():
         return
     try:
-        before = yaml.safe_load((folder / RECIPE_NAME).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        before = parse_yaml((folder / RECIPE_NAME).read_text(encoding="utf-8")) or {}
+        if not isinstance(before, dict):
+            raise ValueError("it is no mapping")
+    except ValueError as error:
         raise ValueError(f"{folder / RECIPE_NAME} cannot be read ({error}): name another `output_dir`") from error
     now = _plain(given)
     for name in sorted(before.keys() | now.keys()):
@@ -229,7 +307,7 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
     def plain(value):
         if isinstance(value, list):
             return [plain(entry) for entry in value]
-        return yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+        return parse_yaml(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
     def placed(value):
         if isinstance(value, list):
@@ -239,6 +317,29 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
     kept = {name: plain(value) for name, value in given.items() if name not in _NOT_RECORDED}
     kept |= {name: placed(kept[name]) for name in _PATHS & kept.keys()}
     return json.loads(json.dumps(kept, default=str))  # enumerations become their text
+
+
+def print_stopped(command: str, training: TrainingArguments):
+    """Say that the signal to stop has ended the run, and how it goes on."""
+    way = (
+        "and with `save_only_model` it cannot go on"
+        if training.save_only_model
+        else "the same command goes on from here"
+    )
+    print(f"mohge {command}: stopped, {way}", file=sys.stderr)
+
+
+class _RecipeCallback(TrainerCallback):
+    """Writes the recipe once everything that may be refused has been looked at."""
+
+    def __init__(self, given: dict[str, Any]):
+        self._given = given
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.should_save:
+            text = yaml.safe_dump(_plain(self._given), sort_keys=False, allow_unicode=True)
+            with writing(args.output_dir):
+                write_file(Path(args.output_dir) / RECIPE_NAME, text)
 
 
 def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str | None) -> bool:
@@ -253,16 +354,15 @@ def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str
     Returns:
         `bool`: Whether the run is complete; it is not if a signal to stop came, and can then go on.
     """
-    if trainer.args.should_save:
-        text = yaml.safe_dump(_plain(given), sort_keys=False, allow_unicode=True)
-        write_file(Path(trainer.args.output_dir) / RECIPE_NAME, text)
     if not trainer.load_finished(checkpoint):
         stop = StopSignalCallback()
         trainer.add_callback(stop)
+        trainer.add_callback(_RecipeCallback(given))
         trainer.train(resume_from_checkpoint=checkpoint)
         if stop.stopped:
             return False
-    trainer.save_model()
-    trainer.save_state()
+    with writing(trainer.args.output_dir):
+        trainer.save_model()
+        trainer.save_state()
     trainer.accelerator.wait_for_everyone()
     return True

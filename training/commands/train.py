@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,10 +36,11 @@ from mohge.training.data.packing import (
     parse_sources,
     read_rows,
 )
-from mohge.training.loop.checkpointing import check_same_model
+from mohge.training.loop.checkpointing import check_same_model, reading
+from mohge.training.loop.failure import writing
 from mohge.training.loop.trainer import MoHGETrainer
 
-from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, train_and_save
+from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, print_stopped, sole_run, train_and_save
 
 
 TOKENIZER_TEXT = 50_000_000
@@ -137,6 +138,15 @@ def run(options: argparse.Namespace) -> int:
     )
     if own.model is None:
         raise ValueError(f"`model` is missing: name a config, a model or one of {', '.join(shipped_recipes())}")
+    with sole_run(training):
+        if _pretrain(own, training, given):
+            return 0
+    print_stopped("train", training)
+    return 1
+
+
+def _pretrain(own: PretrainArguments, training: TrainingArguments, given: dict[str, Any]) -> bool:
+    """Whether the run is complete."""
     config = load_config(own.model)
     model_without_memory(copy.deepcopy(config))  # which says in one line what cannot be built
     layout = own.layout(config)
@@ -158,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
     if own.streaming:
         text = text.repeat(None)  # Trainer cannot go on in the second epoch of a stream
     dtype = own.dtype or config.dtype or "float32"
-    with _start(own, config, training, checkpoint) as start, one_line_errors():
+    with _start(own, config, training, checkpoint) as start, one_line_errors(), reading(start):
         trainer = MoHGETrainer(
             # A checkpoint's own config has the tokenizer's padding token, whose embedding then gets no gradient.
             load_model(start, config=config, dtype=dtype, distributed_config=layout),
@@ -168,10 +178,7 @@ def run(options: argparse.Namespace) -> int:
             data_collator=collate_packed,
             processing_class=tokenizer,
         )
-    if train_and_save(trainer, given, checkpoint):
-        return 0
-    print("mohge train: stopped, the same command goes on from here", file=sys.stderr)
-    return 1
+    return train_and_save(trainer, given, checkpoint)
 
 
 def _tokenizer(
@@ -222,7 +229,9 @@ def _start(
         with training.main_process_first(local=False):
             if training.should_save:
                 set_seed(training.seed)
-                MoHGEForCausalLM(copy.deepcopy(config)).save_pretrained(folder)  # which notes things in the config
+                with writing(folder):
+                    # which notes things in the config
+                    MoHGEForCausalLM(copy.deepcopy(config)).save_pretrained(folder)
         yield str(folder)
         PartialState().wait_for_everyone()
     finally:

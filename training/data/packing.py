@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from datasets import (
     Dataset,
     Features,
@@ -24,6 +23,7 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from mohge import MoHGEConfig
+from mohge.model_cards.records import parse_yaml
 
 from .corpus import STANDARD_LIBRARY, standard_library_texts
 
@@ -76,9 +76,9 @@ def parse_sources(entries: list[str], argument: str) -> list[TextSource]:
     sources = []
     for entry in entries:
         try:
-            values = yaml.safe_load(entry) if entry.lstrip().startswith("{") else {"path": entry}
-        except yaml.YAMLError as error:
-            raise ValueError(f"`{argument}` has {entry}, which is no YAML mapping ({error}): mend it") from error
+            values = parse_yaml(entry) if entry.lstrip().startswith("{") else {"path": entry}
+        except ValueError as error:
+            raise ValueError(f"`{argument}` has {entry:.80}, which is no YAML mapping ({error}): mend it") from error
         if unknown := sorted(map(str, values.keys() - set(known))):
             raise ValueError(f"`{argument}` has an entry with the unknown key `{unknown[0]}`: use {', '.join(known)}")
         if not values.get("path"):

@@ -5,17 +5,26 @@ holds it (torch.distributed.checkpoint), so that any other layout, or one proces
 
 import dataclasses
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed.checkpoint import _redistribute_state_dict, load_optimizer_distributed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import safe_globals
 
 from mohge import MoHGEConfig
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
+from mohge.model_cards.shipped import load_config
 
 
 OPTIMIZER_FOLDER = "optimizer"
@@ -39,7 +48,7 @@ def check_same_model(config: MoHGEConfig, folder: str | Path):
     Raises:
         ValueError: naming the first field that differs.
     """
-    saved = MoHGEConfig.from_pretrained(folder)
+    saved = load_config(str(folder))
     for wanted, found in ((config, saved), (config.backbone_config, saved.backbone_config)):
         for name in ("model_type", *(field.name for field in dataclasses.fields(wanted))):
             ours, theirs = getattr(wanted, name), getattr(found, name, None)
@@ -48,6 +57,63 @@ def check_same_model(config: MoHGEConfig, folder: str | Path):
                     f"{folder} is a checkpoint of another config: `{name}` is {theirs} there and {ours} in this "
                     "model: load the model with the checkpoint's config, or resume from another checkpoint"
                 )
+
+
+def check_resumable(folder: str | Path, ranks: int):
+    """
+    Check that a checkpoint holds all that a run needs to go on bit for bit.
+
+    Args:
+        folder (`str` or `Path`): Folder of the checkpoint.
+        ranks (`int`): Number of ranks that wrote it; 0 if that is not known.
+
+    Raises:
+        ValueError: naming the file that is missing.
+    """
+    folder = Path(folder)
+    wanted = [[f"rng_state_{rank}.pth"] for rank in range(ranks)] if ranks > 1 else [["rng_state.pth"]]
+    if ranks == 0:
+        wanted = [["rng_state.pth", "rng_state_0.pth"]]
+    for names in ([OPTIMIZER_NAME, OPTIMIZER_FOLDER], [SCHEDULER_NAME], *wanted):
+        if not any((folder / name).exists() for name in names):
+            raise ValueError(
+                f"{folder} has no {names[0]} (`save_only_model` leaves it out), without which no run goes on to the "
+                "same weights: start another run from its weights, with it as `model`"
+            )
+
+
+@contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Within this context, which reads the checkpoint or model `folder`, what fails because of a broken file is a
+    ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        broken = _broken_file(Path(folder))
+        if broken is None and isinstance(error, ValueError | OSError):
+            raise
+        raise ValueError(
+            f"{broken or folder} cannot be read ({str(error) or type(error).__name__}): name another checkpoint or "
+            "model, or remove this one, and the same command goes on from the checkpoint before it"
+        ) from error
+
+
+def _broken_file(folder: Path) -> Path | None:
+    for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.safetensors"))):
+        try:
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt").__exit__(None, None, None)
+            else:
+                read_state(file)
+        except Exception:
+            return file
+    return None
+
+
+def read_state(file: str | Path) -> Any:
+    """Read what a `Trainer` has saved of an optimizer, a schedule or random numbers."""
+    with safe_globals():
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_sharded_weights(model: PreTrainedModel, folder: str | Path):
@@ -83,6 +149,21 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fol
         load_optimizer_distributed(model, optimizer, str(folder))
     loaded = iter(optimizer.param_groups)
     optimizer.param_groups = [next(loaded) if group["params"] else group for group in groups]
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, as plain numbers."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor  # torchao's
+
+
+def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor of which this rank holds a number that is not finite. Waits for the device once."""
+    finite = [torch.isfinite(local_tensor(tensor)).all() for tensor in tensors.values()]
+    if not finite:
+        return None
+    flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
+    return next((name for name, flag in zip(tensors, flags, strict=True) if not flag), None)
 
 
 def load_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, file: str | Path):

@@ -1,36 +1,52 @@
 """Training MoHGE models with Hugging Face Trainer."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
+from mohge.conversion.staging import write_file
 from mohge.losses_mohge import at_least_one, targets_per_sequence
 
 from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
     OPTIMIZER_FOLDER,
+    check_resumable,
     check_same_model,
+    find_not_finite,
     load_optimizer,
     load_scheduler,
     load_sharded_weights,
+    local_tensor,
+    read_state,
+    reading,
 )
+from .failure import RunFailed, writing
 from .metrics import RouterStatistics, dense_parameters
 from .traffic import RouterTraffic
 from .watchdog import PeerWatchdog
 
 
 logger = logging.get_logger(__name__)
+
+TRAFFIC_NAME = "traffic.json"
+"""File of a run or checkpoint that holds its newest routing."""
+
+RECORD_NAME = "record.json"
+"""File of a checkpoint that holds what has been summed up for log entries to come."""
+
+_RECORD = {"total_loss", "loss_since", "last_logged", "first_step", "batches", "ranks"}
 
 LOAD_RECORDS = 256
 """Largest number of entries of `log_history` that hold every expert's load."""
@@ -49,6 +65,9 @@ class MoHGETrainer(Trainer):
     [`PeerWatchdog`]. Runs with a router loss leave their newest routing in `traffic.json`, for `mohge place` and
     `mohge simulate`, and each expert's load over time in `log_history` (`router_load`: tokens since the entry before
     by sparse layer and expert), for `mohge report`. All ranks must see one file system.
+
+    A loss, gradient or weight that is not finite ends training with [`RunFailed`] on all ranks when the next entry is
+    logged or the next checkpoint is due, which is not written.
     """
 
     def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
@@ -62,12 +81,14 @@ class MoHGETrainer(Trainer):
             super().__init__(model, args, *more, **kwargs)
         finally:
             args.save_only_model = save_only_model
+        self.args.logging_nan_inf_filter = False  # which logs 0 for a loss that is not finite
         if self.is_distributed_loading_by_transformers and self.args.world_size != dist.get_world_size():
             raise ValueError(
                 f"`args` say that there are {self.args.world_size} processes, and the model is spread over "
                 f"{dist.get_world_size()}: on CPU pass use_cpu=True to TrainingArguments"
             )
         self.add_callback(RouterScheduleCallback())
+        self.add_callback(_StartCallback(self))
         if not self._watchdogs():
             self.add_callback(PeerWatchdog())
         if self.label_smoother is not None:
@@ -79,6 +100,8 @@ class MoHGETrainer(Trainer):
         config = base_model(self.model).config
         self._traffic = RouterTraffic(config) if config.sparse_layers else None
         self._staging: str | None = None  # folder of a checkpoint that is being written
+        self._resumed_from: str | None = None
+        self._traffic_before = []  # the newest records of the steps before the checkpoint that the run goes on from
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """See `Trainer.compute_loss`. Gathers what `log` adds."""
@@ -129,18 +152,21 @@ class MoHGETrainer(Trainer):
         self._statistics = RouterStatistics(model.config, dense) if model.config.sparse_layers else None
 
     def _add(self, name: str, value: torch.Tensor):
-        self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._sums[name] = self._sums.get(name, 0) + value.detach().float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer.log`. Adds the language-model loss and the router's figures to the logs of training steps."""
+        if "train_loss" in logs:  # of all steps, also those before the checkpoint that the run went on from
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._loss_since, 0.001)
         if "loss" not in logs or self._first_step is None:
             return super().log(logs, start_time)
+        self._check_finite(weights=False)
         logs.update(self._figures(steps=self.state.global_step - self._first_step))
         load = self._statistics.counts if self._statistics is not None and self._statistics.tokens > 0 else None
         self._start_sums()
         super().log(logs, start_time)
         if load is not None:  # in the record only: reports take numbers
-            self._record_load([[int(count) for count in layer.tolist()] for layer in load])
+            self._record_load([[round(count) for count in layer.tolist()] for layer in load])
 
     def _record_load(self, load: list[list[int]]):
         """Keep what each expert got since the last log, thinned out in long runs."""
@@ -163,6 +189,52 @@ class MoHGETrainer(Trainer):
             self._statistics.set_tensors([total / copies for total in totals])
             figures |= {f"router/{name}": value for name, value in self._statistics.summary().items()}
         return figures
+
+    # Numbers that are none.
+
+    def training_step(self, *args, **kwargs):
+        """See `Trainer.training_step`. Takes note of a loss that is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        self._note("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # which leaves out steps whose gradients overflow
+            self._note("gradient's norm", norm)
+        return norm
+
+    def _note(self, name: str, value: torch.Tensor | float):
+        # On the device: what waits for it is the next log entry or checkpoint.
+        value = local_tensor(torch.as_tensor(value, device=self.args.device).detach())
+        self._not_finite[name] = self._not_finite[name] + ~torch.isfinite(value)
+
+    def _check_finite(self, weights: bool):
+        """Raises [`RunFailed`] on all ranks if one has noted something, or, with `weights`, has such a weight."""
+        weight = find_not_finite(self.model.state_dict()) if weights else None
+        found = self._not_finite | {"weight": torch.tensor(weight is not None, device=self.args.device)}
+        found = self.accelerator.reduce({name: count.float() for name, count in found.items()}, "sum")
+        names = [name for name, count in found.items() if count > 0]
+        if names:
+            last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            kept = "no checkpoint was there yet" if last is None else f"{last} is kept"
+            go_on = "" if last is None else ", and go on from it with `resume_from_checkpoint`"
+            raise RunFailed(
+                f"not finite at step {self.state.global_step}: {', '.join(names)}; nothing was saved from there, and "
+                f"{kept}: lower `learning_rate`, or look at the text and the model{go_on}"
+            )
+
+    def _check_start(self, source: str | None):
+        """Raises `ValueError` on all ranks if a weight of one is not finite. `source` is where they come from."""
+        self._not_finite = {name: torch.zeros((), device=self.args.device) for name in ("loss", "gradient's norm")}
+        for name in gather_object([find_not_finite(self.model.state_dict())]):
+            if name is not None:
+                source = source or base_model(self.model).config._name_or_path or "the model"
+                raise ValueError(f"`{name}` of {source} is not finite: start from other weights")
+
+    def _finalize_training(self, *args, **kwargs):
+        self._check_finite(weights=True)
+        return super()._finalize_training(*args, **kwargs)
 
     # Evaluation.
 
@@ -193,9 +265,25 @@ class MoHGETrainer(Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
+        self._check_finite(weights=True)
         run_dir = super()._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        final = os.path.join(run_dir, name)
         staging = os.path.join(run_dir, ".incomplete")
+        try:
+            with writing(final):
+                self._write_checkpoint(model, trial, run_dir, staging, name)
+        except RunFailed:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        if self.args.should_save:
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(final)
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model, trial, run_dir: str, staging: str, name: str):
         written, final = os.path.join(staging, name), os.path.join(run_dir, name)
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
@@ -205,6 +293,7 @@ class MoHGETrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        self._save_record(written)
         self.accelerator.wait_for_everyone()  # every rank has written its part
         if self.state.best_global_step:
             best = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
@@ -218,10 +307,6 @@ class MoHGETrainer(Trainer):
             os.rename(written, final)
             shutil.rmtree(staging)
             shutil.rmtree(replaced, ignore_errors=True)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(final)
-            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.accelerator.wait_for_everyone()
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
@@ -273,17 +358,26 @@ class MoHGETrainer(Trainer):
         whole = isinstance(model, MoHGEForCausalLM)  # not an adapter on it
         if whole and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
             check_same_model(model.config, resume_from_checkpoint)
-        if whole and self.is_distributed_loading_by_transformers:
-            load_sharded_weights(model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading(resume_from_checkpoint):
+            if whole and self.is_distributed_loading_by_transformers:
+                load_sharded_weights(model, resume_from_checkpoint)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def load_finished(self, checkpoint: str | None) -> bool:
         """Load the weights and the record of a checkpoint after which there is nothing left to train, and say whether
         it is one. (`Trainer` would train another step.)"""
         if checkpoint is None:
             return False
-        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        file = os.path.join(checkpoint, TRAINER_STATE_NAME)
+        try:
+            state = TrainerState.load_from_json(file)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
         if self.args.max_steps > 0:
             finished = state.global_step >= self.args.max_steps
         else:
@@ -292,6 +386,13 @@ class MoHGETrainer(Trainer):
             self.state = state
             best = self.args.load_best_model_at_end and state.best_model_checkpoint
             self._load_best_model() if best else self._load_from_checkpoint(checkpoint)
+            self._check_start(state.best_model_checkpoint if best else checkpoint)
+            record = self._read_record(checkpoint)
+            if record is not None:
+                self._restore_record(record, checkpoint)
+                self._total_loss_scalar += self._tr_loss.item()
+                self.log({"total_flos": state.total_flos, "train_loss": 0.0})
+            self._save_traffic(self.args.output_dir)
         return finished
 
     def _load_best_model(self):
@@ -303,6 +404,23 @@ class MoHGETrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
+        with reading(checkpoint):
+            self._read_optimizer_and_scheduler(checkpoint)
+            for file in Path(checkpoint).glob("rng_state*.pth"):  # which Trainer does in the first step
+                read_state(file)
+        states = {
+            f"{key} {number}": value
+            for number, state in enumerate(self.optimizer.state.values())
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+        for name in gather_object([find_not_finite(states)]):
+            if name is not None:
+                raise ValueError(
+                    f"`{name}` in the optimizer's state of {checkpoint} is not finite: go on from another checkpoint"
+                )
+
+    def _read_optimizer_and_scheduler(self, checkpoint: str):
         if os.path.isdir(os.path.join(checkpoint, OPTIMIZER_FOLDER)):
             load_optimizer(self.model, self._plain_optimizer(), os.path.join(checkpoint, OPTIMIZER_FOLDER))
             load_scheduler(self.lr_scheduler, os.path.join(checkpoint, SCHEDULER_NAME))
@@ -312,39 +430,132 @@ class MoHGETrainer(Trainer):
                 "start anew from its weights, without `resume_from_checkpoint`"
             )
         else:
-            if self.is_distributed_loading_by_transformers:
-                logger.warning(f"{checkpoint} holds no state of an optimizer: optimizer and schedule start anew.")
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
 
-    # Traffic.
+    # The record of a run, which is part of its state.
 
-    def train(self, *args, **kwargs):
-        """See `Trainer.train`. Writes `traffic.json` at the end."""
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """See `Trainer.train`. Writes `traffic.json` at the end; figures of the whole are those of a run that was not
+        cut off."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        self._resumed_from = resume_from_checkpoint or None
+        if self._resumed_from is None:
+            if self.args.save_only_model and self.args.save_strategy != "no" and self.is_world_process_zero():
+                logger.warning("`save_only_model` is set: no checkpoint of this run can be resumed.")
+        elif not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which have files of their own
+            record = self._read_record(self._resumed_from)
+            ranks = 0 if record is None else len(record["ranks"])
+            check_resumable(self._resumed_from, ranks)
+            if ranks not in (0, self.args.world_size) and self.is_world_process_zero():
+                logger.warning(
+                    f"{self._resumed_from} is of {ranks} ranks, and here are {self.args.world_size}: random numbers, "
+                    "as of dropout, are others than they would have been."
+                )
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(self._resumed_from, *args, **kwargs)
         except BaseException:
             for watchdog in self._watchdogs():
                 watchdog.leave()
             raise
-        if self._traffic is not None:
-            self._save_traffic(self._traffic)
-        return result
+        with writing(self.args.output_dir):
+            self._save_traffic(self.args.output_dir)
+        return result._replace(training_loss=result.metrics["train_loss"])
+
+    def _begin(self):
+        """What is left to do when everything has been loaded, before the first step."""
+        self._check_start(self._resumed_from)
+        self._loss_since = self.state.global_step
+        record = None if self._resumed_from is None else self._read_record(self._resumed_from)
+        if record is not None:
+            with reading(self._resumed_from):
+                self._restore_record(record, self._resumed_from)
+
+    def _batches(self) -> int:
+        """Number of ranks with batches of their own."""
+        return self.args.world_size // self.get_tp_size()
+
+    def _save_record(self, folder: str):
+        """Write what log entries and figures still to come need of the steps so far."""
+        router = self._statistics
+        own = {
+            "loss": self._tr_loss.item(),
+            "sums": {name: value.item() for name, value in self._sums.items()},
+            "router": None if router is None else [total.tolist() for total in router.tensors()],
+        }
+        record = {
+            "total_loss": self._total_loss_scalar,
+            "loss_since": self._loss_since,
+            "last_logged": self._globalstep_last_logged,
+            "first_step": self._first_step,
+            "batches": self._batches(),
+            "ranks": gather_object([own]),
+        }
+        if self.args.should_save:
+            write_file(Path(folder) / RECORD_NAME, json.dumps(record))
+        self._save_traffic(folder)
+
+    def _read_record(self, checkpoint: str) -> dict | None:
+        file = Path(checkpoint) / RECORD_NAME
+        if not file.exists():
+            return None  # of a plain Trainer
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if not (isinstance(record, dict) and record.keys() >= _RECORD and isinstance(record["ranks"], list)):
+                raise ValueError(f"it is no object with {', '.join(sorted(_RECORD))}")
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
+        return record
+
+    def _restore_record(self, record: dict, checkpoint: str):
+        ranks, here = record["ranks"], self.args.world_size
+        # Another number of ranks divides the whole evenly.
+        own = [ranks[self.args.process_index]] if len(ranks) == here else ranks
+        mean = 1 / len(own)
+        share = mean if len(ranks) == here else mean * record["batches"] / self._batches()
+
+        def total(values: Iterable, factor: float) -> torch.Tensor:
+            return torch.tensor(list(values)).sum(0) * factor
+
+        of_sums = share if self.args.average_tokens_across_devices else mean
+        self._total_loss_scalar, self._loss_since = record["total_loss"], record["loss_since"]
+        self._globalstep_last_logged, self._first_step = record["last_logged"], record["first_step"]
+        self._tr_loss = total((rank["loss"] for rank in own), mean).to(self.args.device)
+        self._sums = {name: total((rank["sums"][name] for rank in own), of_sums) for name in own[0]["sums"]}
+        if self._statistics is not None:
+            self._statistics.set_tensors(
+                [total(values, share) for values in zip(*(rank["router"] for rank in own), strict=True)]
+            )
+        traffic = Path(checkpoint) / TRAFFIC_NAME
+        if self._traffic is not None and traffic.exists():
+            before = RouterTraffic.load(traffic)
+            before.check(base_model(self.model).config)
+            self._traffic_before = before.records
 
     def _watchdogs(self) -> list[PeerWatchdog]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, PeerWatchdog)]
 
-    def _save_traffic(self, traffic: RouterTraffic):
-        by_rank = gather_object([traffic.records])[:: self.get_tp_size()]
-        if self.args.should_save and any(by_rank):
+    def _save_traffic(self, folder: str):
+        if self._traffic is None:
+            return
+        by_rank = gather_object([self._traffic.records])[:: self.get_tp_size()]
+        records = self._traffic_before + [record for forward in zip(*by_rank, strict=False) for record in forward]
+        if self.args.should_save and records:
             everything = RouterTraffic(base_model(self.model).config)
-            everything.extend(
-                [record for forward in zip(*by_rank, strict=False) for record in forward][-traffic.limit :]
-            )
-            os.makedirs(self.args.output_dir, exist_ok=True)
-            everything.save(os.path.join(self.args.output_dir, "traffic.json"))
+            everything.extend(records[-everything.limit :])
+            os.makedirs(folder, exist_ok=True)
+            everything.save(os.path.join(folder, TRAFFIC_NAME))
+
+
+class _StartCallback(TrainerCallback):
+    def __init__(self, trainer: MoHGETrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._begin()
 
 
 __all__ = ["MoHGETrainer"]

@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA, https://huggingface.co/papers/2106.09685) on attention and on experts of every width."""
 
+import math
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -98,11 +99,13 @@ def lora_config(
     >>> model = get_peft_model(model, lora_config(model.config, rank=8, targets="experts"))
     ```
     """
-    if rank < 1:
-        raise ValueError(f"`lora_rank` is {rank}: it must be at least 1")
+    if not 1 <= rank <= config.hidden_size:
+        raise ValueError(
+            f"`lora_rank` is {rank}: it must be at least 1, and at most `hidden_size` {config.hidden_size}"
+        )
     alpha = 2 * rank if alpha is None else alpha
-    if not alpha > 0:
-        raise ValueError(f"`lora_alpha` is {alpha}: it must be above 0")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"`lora_alpha` is {alpha}: it must be a number above 0")
     modules = {"attention": _ATTENTION, "experts": None, "all": f"({_ATTENTION}|{_FEED_FORWARD})"}
     if targets not in modules:
         raise ValueError(f'`lora_targets` is "{targets}": use one of {", ".join(modules)}')

@@ -220,6 +220,8 @@ def test_an_adapter_run_that_is_killed_goes_on_to_the_same_weights(place):
         ({"lora_rank": 4, "merge": "PLACE/base"}, "exists: name another folder"),
         ({"data": None, "merge": "PLACE/new"}, "has no adapter_config.json"),
         ({"lora_rank": 0}, "`lora_rank` is 0"),
+        ({"lora_rank": 2**60}, "at most `hidden_size`"),
+        ({"learning_rate": "nan"}, "`learning_rate` is nan"),
         ({"lora_targets": "experts"}, "`lora_targets` is for adapters"),
         ({"lora_alpha": 8}, "`lora_alpha` is for adapters"),
         ({"lora_rank": 4, "merge": "PLACE/refused"}, "`merge` and `output_dir` are the same folder"),

@@ -139,8 +139,9 @@ def test_resumed_run_needs_the_optimizer_state(runs):
     # The scheduler's state is not at stake here; steps are long enough to tell what they are made of.
     constant = {"lr_scheduler_type": "constant", "learning_rate": 3e-2}
     whole = runs(*RUN, **constant)
-    start = shutil.copytree(whole / "checkpoint-3", runs.folder / "without_optimizer" / "checkpoint-3")
+    start = shutil.copytree(whole / "checkpoint-3", runs.folder / "other_optimizer" / "checkpoint-3")
     shutil.rmtree(start / "optimizer")
+    shutil.copytree(whole / "checkpoint-6" / "optimizer", start / "optimizer")
     without = runs(*RUN, resume_from_checkpoint=start, **constant)
     expected, actual = ([entry["lm_loss"] for entry in curve(run)] for run in (whole, without))
     assert actual[3] == pytest.approx(expected[3], rel=1e-6)  # before the first update

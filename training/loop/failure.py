@@ -1,0 +1,25 @@
+"""How a run ends that cannot go on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class RunFailed(RuntimeError):
+    """A run failed although what it was given was right: commands print the reason and end with 1."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within this context, which writes `path`, a full disk and the like is [`RunFailed`]."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer raises the last
+        if isinstance(error, RunFailed):
+            raise
+        raise RunFailed(
+            f"{path} cannot be written ({error}): earlier checkpoints are as they were; make room, and the same "
+            "command goes on"
+        ) from error
