@@ -1,7 +1,10 @@
 """Models from disk or from the Hub, with every weight that they have to have."""
 
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
@@ -37,27 +40,36 @@ def load_model(name: str | Path, **kwargs) -> MoHGEForCausalLM:
         dist.all_gather_object(reasons, reason)
         reason = next(filter(None, reasons), None)
     if reason is not None:
-        raise ValueError(f"{name} {reason}: save the model again, or take another checkpoint")
+        raise ValueError(f"{reason.format(place=name)}: save the model again, or start from other weights")
     return model
 
 
 def _reason_against(model: MoHGEForCausalLM, found: dict) -> str | None:
     for problem, says in (
-        ("missing_keys", "lacks the weight"),
-        ("unexpected_keys", "has a weight that its config has no place for,"),
-        ("mismatched_keys", "has a weight of another shape than its config asks for,"),
+        ("missing_keys", "{place} lacks the weight"),
+        ("unexpected_keys", "{place} has a weight that its config has no place for,"),
+        ("mismatched_keys", "{place} has a weight of another shape than its config asks for,"),
     ):
         if found[problem]:
             names = sorted(key if isinstance(key, str) else key[0] for key in found[problem])
             return f"{says} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, DTensor):
-            tensor = tensor.to_local()
-        if is_traceable_wrapper_subclass(tensor) or tensor.is_meta or not tensor.is_floating_point():  # quantised
-            continue
-        if not tensor.isfinite().all():
-            return f"holds numbers that are not finite, in {name}"
-    return None
+    name = find_not_finite(dict(chain(model.named_parameters(), model.named_buffers())))
+    return None if name is None else f"`{name}` of {{place}} is not finite"
 
 
-__all__ = ["load_model"]
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, as plain numbers."""
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor  # torchao's
+
+
+def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor of which this rank holds a number that is not finite. Waits for the device once."""
+    finite = [torch.isfinite(local_tensor(tensor)).all() for tensor in tensors.values()]
+    if not finite:
+        return None
+    flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
+    return next((name for name, flag in zip(tensors, flags, strict=True) if not flag), None)
+
+
+__all__ = ["find_not_finite", "load_model", "local_tensor"]

@@ -55,7 +55,7 @@ CHANGES = {
         lambda tensors: tensors.update({HEAD: torch.zeros(3, 4)}),
         f"another shape than its config asks for, {HEAD}",
     ),
-    "not finite": (not_a_number, f"not finite, in {EXPERT}:"),
+    "not finite": (not_a_number, f"`{EXPERT}` of .* is not finite:"),
 }
 
 

@@ -5,7 +5,7 @@ holds it (torch.distributed.checkpoint), so that any other layout, or one proces
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed.checkpoint import _redistribute_state_dict, load_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -149,21 +147,6 @@ def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fol
         load_optimizer_distributed(model, optimizer, str(folder))
     loaded = iter(optimizer.param_groups)
     optimizer.param_groups = [next(loaded) if group["params"] else group for group in groups]
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, as plain numbers."""
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor  # torchao's
-
-
-def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Name of the first tensor of which this rank holds a number that is not finite. Waits for the device once."""
-    finite = [torch.isfinite(local_tensor(tensor)).all() for tensor in tensors.values()]
-    if not finite:
-        return None
-    flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
-    return next((name for name, flag in zip(tensors, flags, strict=True) if not flag), None)
 
 
 def load_scheduler(scheduler: torch.optim.lr_scheduler.LRScheduler, file: str | Path):

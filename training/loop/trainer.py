@@ -17,6 +17,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
 from mohge.conversion.staging import write_file
+from mohge.loading import find_not_finite, local_tensor
 from mohge.losses_mohge import at_least_one, targets_per_sequence
 
 from .callbacks import RouterScheduleCallback, base_model
@@ -24,11 +25,9 @@ from .checkpointing import (
     OPTIMIZER_FOLDER,
     check_resumable,
     check_same_model,
-    find_not_finite,
     load_optimizer,
     load_scheduler,
     load_sharded_weights,
-    local_tensor,
     read_state,
     reading,
 )
