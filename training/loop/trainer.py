@@ -223,6 +223,13 @@ class MoHGETrainer(Trainer):
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
+    def _save(self, *args, **kwargs):
+        token, self.args.hub_token = self.args.hub_token, None  # which would go into training_args.bin
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
+
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
