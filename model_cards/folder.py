@@ -38,7 +38,7 @@ _DEPTH = 64
 
 def read_json(file: Path) -> dict:
     """
-    The mapping in a JSON file.
+    The object in a JSON file.
 
     Raises:
         ValueError: if it is something else.
@@ -47,7 +47,7 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("it is no mapping")
+            raise ValueError("it is no object")
         level = [content]
         for _ in range(_DEPTH):
             level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
