@@ -1,6 +1,5 @@
 """Checkpoints on disk, local or from the Hub, read tensor by tensor."""
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -13,20 +12,23 @@ from threading import Thread
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mohge.model_cards.folder import (
+    INDEX,
+    SIDE_FILES,
+    SINGLE,
+    check_folder,
+    open_weights,
+    read_index,
+    read_json,
+    weight_files,
+)
 
 from .decoders import Decoder, own
 
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-TOKENIZER_FILES += ("tekken.json", "*.tiktoken")
-"""What a tokenizer may be made of."""
-SIDE_FILES = (*TOKENIZER_FILES, "chat_template*", "additional_chat_templates/*", "*processor_config.json")
-SIDE_FILES += ("generation_config.json", "LICENSE*", "NOTICE*")
-"""What belongs to a model beside its config and weights."""
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 """Of tables such as the one that says which expert here is which of the source's router."""
@@ -34,18 +36,15 @@ _TABLE_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 
 def read_config(folder: Path) -> dict:
     """
-    The config.json of a checkpoint.
+    The config.json of a checkpoint, in whose folder nothing leads elsewhere or asks for code to be run.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none that can be read, or something does.
     """
-    try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no config.json that can be read ({error}): give a checkpoint") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{folder / 'config.json'} is no config: give a checkpoint")
-    return fields
+    check_folder(folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: give the folder of a checkpoint")
+    return read_json(folder / "config.json")
 
 
 def find_source(
@@ -71,22 +70,11 @@ def find_source(
         path = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", INDEX, *SIDE_FILES]))
         fields = read_config(path)
         check(path, fields)
-        shards = _indexed(path / INDEX) if (path / INDEX).is_file() else [SINGLE]
+        shards = [*set(read_index(path).values())] if (path / INDEX).is_file() else [SINGLE]
         snapshot_download(source, revision=path.name, allow_patterns=shards)
     except (OSError, HFValidationError) as error:
         raise ValueError(f"{source} is neither a folder nor a reachable Hub repository ({error})") from error
     return path, path.name, fields
-
-
-def _indexed(index: Path) -> list[str]:
-    """The shards that an index names."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("its weight_map does not name files")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors shards ({error}): fetch it again") from error
-    return names
 
 
 class Checkpoint:
@@ -106,37 +94,35 @@ class Checkpoint:
         self.files: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self.order = self._file_names()
+        self.order, indexed = weight_files(folder)
         for file in self.order:
-            try:
-                with safe_open(folder / file, "pt") as handle:
-                    names = handle.keys()
-                    for name in names:
-                        view = handle.get_slice(name)
-                        self.files[name] = file
-                        self.shapes[name] = tuple(view.get_shape())
-                        dtype = (_DTYPES | _TABLE_DTYPES).get(view.get_dtype())
-                        if dtype is None:
-                            _refuse_dtype(name, file, view.get_dtype())
-                        self.dtypes[name] = dtype
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{folder / file} is damaged or cut off ({error}): fetch it again") from error
-
-    def _file_names(self) -> list[str]:
-        index = self.folder / INDEX
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
-        if not index.is_file():
-            reason = f"shards but no {INDEX}" if any(self.folder.glob("*.safetensors")) else "no safetensors weights"
+            with open_weights(folder, file) as handle:
+                names = handle.keys()
+                for name in names:
+                    view = handle.get_slice(name)
+                    dtype = (_DTYPES | _TABLE_DTYPES).get(view.get_dtype())
+                    if dtype is None:
+                        _refuse_dtype(name, file, view.get_dtype())
+                    if name in self.files:
+                        self._check_same(name, handle.get_tensor(name), file)
+                    self.files[name] = file
+                    self.shapes[name] = tuple(view.get_shape())
+                    self.dtypes[name] = dtype
+        for name in sorted(self.files.keys() ^ (self.files if indexed is None else indexed).keys()):
             raise ValueError(
-                f"{self.folder} has {reason}: give the folder of a complete checkpoint; one of .bin files has to be "
-                "loaded and saved again with `save_pretrained`"
+                f"{name} is in {'no shard' if name in indexed else self.files[name]} of {folder}, and "
+                f"{'in' if name in indexed else 'not in'} {INDEX}: the two do not belong together, fetch them again"
             )
-        names = _indexed(index)
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{self.folder} lacks the shards {', '.join(missing)}: fetch them")
-        return names
+        if not set(self.dtypes.values()) & set(_DTYPES.values()):
+            raise ValueError(f"{folder} has no weights in {', '.join(self.order)}: fetch them again")
+
+    def _check_same(self, name: str, tensor: torch.Tensor, file: str):
+        with open_weights(self.folder, self.files[name]) as handle:
+            other = handle.get_tensor(name)
+            if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+                raise ValueError(
+                    f"{name} in {self.folder} differs between {self.files[name]} and {file}: remove the wrong one"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,7 +152,7 @@ class Checkpoint:
                 file = self.files[name]
                 if file not in handles:
                     self._read_ahead(file)
-                    handles[file] = stack.enter_context(safe_open(self.folder / file, "pt"))
+                    handles[file] = stack.enter_context(open_weights(self.folder, file))
                 return handles[file].get_tensor(name)
 
             yield read

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -19,15 +18,16 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.backbones_mohge import FeedForward
 from mohge.model_cards.card import make_card
+from mohge.model_cards.folder import copy_side_files
+from mohge.model_cards.writing import write_file
 from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .calibration import Tokens, random_tokens, read_tokens
-from .checkpoint import SIDE_FILES
 from .decoders import Decoder, LayerWeights, MoHGE, Passed
 from .modes import Converted, Layer
 from .plan import Plan
 from .receipt import LogitComparison, make_report
-from .staging import Staging, write_file
+from .staging import Staging
 from .streams import Stream
 from .tokenizer import about, compare
 
@@ -269,11 +269,7 @@ class _Conversion:
         """Write config, code, tokenizer and what else belongs to a model; what the receipt says of the tokenizer."""
         source, tokenizer = self.plan.checkpoint.folder, self.plan.tokenizer
         self._write_config(folder)
-        for file in (file for pattern in SIDE_FILES for file in source.glob(pattern)):
-            if file.is_file():
-                copied = folder / file.relative_to(source)
-                copied.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copied)
+        copy_side_files(source, folder)
         if tokenizer is None:
             return None
         # AutoTokenizer decides by the model's kind too, which changes: what it has chosen is named. The files stay, as
@@ -285,7 +281,7 @@ class _Conversion:
     def _write_config(self, folder: Path):
         plan, config = self.plan, self.plan.target.config
         if not isinstance(plan.target, MoHGE):
-            fields = dict(plan.source.config.source_config)
+            fields = {name: value for name, value in plan.source.config.source_config.items() if name != "auto_map"}
             if config.dtype != self.plan.checkpoint.dtype:  # it has been trained in another one since
                 fields.pop("torch_dtype", None)
                 fields["dtype"] = str(self.plan.checkpoint.dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint, NamedTensors, find_source
 from .decoders import MoHGE, Source, make_decoder
 from .modes import MODES, Mode
 from .recipe import Recipe
+from .staging import clear_left
 from .tokenizer import about, describe, load_tokenizer
 
 
@@ -94,6 +95,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 def _check_output(output: Path):
     if output.exists():
+        clear_left(output)
         raise ValueError(f"`output` {output} exists: name another folder, or remove it first")
     parent = next(parent for parent in output.absolute().parents if parent.exists())
     if not parent.is_dir():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import INDEX
+from mohge.model_cards.folder import INDEX
+from mohge.model_cards.writing import LOCK, hold, remove_contents, remove_folder, write_file
 
 
 class Staging:
@@ -25,16 +27,18 @@ class Staging:
             it is the same.
 
     Raises:
-        ValueError: if `output` exists, another process is writing there, or work on another conversion was left.
+        ValueError: if `output` exists, another process is writing there, work on another conversion was left, or one
+            of the two folders is somebody else's.
     """
 
     def __init__(self, output: Path, shards: int, identity: str):
         self.output, self.shards = output, shards
         self.folder = output.parent / f".{output.name}.partial"
         self.scratch = output.parent / f".{output.name}.scratch"
-        self.scratch.mkdir(parents=True, exist_ok=True)
         self._prepared = self.scratch / "prepared"
-        self._lock = hold(self.scratch / "lock", output)
+        self._refuse_foreign()
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self._lock = hold(self.scratch / LOCK, output)
         try:
             self._claim(identity)
         except ValueError:
@@ -45,25 +49,30 @@ class Staging:
         if self.output.exists():
             raise ValueError(f"{self.output} exists: name another folder, or remove it first")
         marker = self.scratch / "identity"
-        if not marker.exists() or not self.folder.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            for path in self.scratch.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != "lock":
-                    path.unlink()
+        if not self.folder.exists():
+            remove_contents(self.scratch)
+            write_file(marker, identity)  # before the folder, which it tells from others'
             self.folder.mkdir()
-            write_file(marker, identity)
         elif marker.read_text(encoding="utf-8") != identity:
             raise ValueError(
                 f"{self.folder} holds an unfinished conversion of another source or recipe: finish that one with its "
                 f"own command, or remove the folder"
             )
 
+    def _refuse_foreign(self):
+        marker, folder = self.scratch / "identity", self.folder
+        known = not folder.is_symlink() and (marker.is_file() or not folder.exists())
+        for path, ours in ((self.scratch, _is_ours(self.scratch)), (folder, known)):
+            if not ours:
+                raise ValueError(
+                    f"{path}, which a conversion to {self.output} needs, is there and of something else: move it "
+                    "away, or name another output"
+                )
+
     def close(self):
         """Let other processes write here."""
         if not self.folder.exists():
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            remove_folder(self.scratch)
         self._lock.release()
 
     def has_shard(self, number: int) -> bool:
@@ -118,24 +127,17 @@ class Staging:
         self.folder.rename(self.output)
 
 
-def hold(file: Path, output: Path) -> FileLock:
-    """
-    Lock `file`, which says that this process writes `output`. The system lets go of it when the process ends, however
-    that may be.
-
-    Raises:
-        ValueError: if another process has locked it.
-    """
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another process is writing {output}: wait for it, or name another folder") from None
-    return lock
+def clear_left(output: Path):
+    """Remove what a run that was killed at its very end left beside its complete output."""
+    scratch = output.parent / f".{output.name}.scratch"
+    if scratch.is_dir() and _is_ours(scratch):
+        with suppress(OSError, Timeout), FileLock(scratch / LOCK, timeout=0):
+            remove_folder(scratch)
 
 
-def write_file(path: Path, text: str):
-    """Write a text file so that it is there as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _is_ours(scratch: Path) -> bool:
+    """Whether there is nothing of that name, or what a run has made."""
+    lock = scratch / LOCK
+    if scratch.is_symlink() or lock.is_symlink():
+        return False
+    return lock.is_file() or not scratch.exists() or (scratch.is_dir() and not any(scratch.iterdir()))

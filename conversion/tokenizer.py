@@ -4,9 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from .checkpoint import TOKENIZER_FILES
+from mohge.model_cards.folder import TOKENIZER_FILES, check_folder, matching_files
 
 
 _TEXTS = ("", " ", "Hello world", "  two spaces", "one at the end ", "a  b   c", "\ttab\n\n\nlines \r\n  indented")
@@ -27,29 +26,34 @@ _CHAT = (
 )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     """
-    The tokenizer of a source as transformers loads it, None where there is none.
+    The tokenizer of a folder or Hub id as transformers loads it, None where a folder has none. Code that lies there is
+    not run.
 
     Raises:
-        ValueError: if it cannot be loaded, or has code of its own, which is not run.
+        ValueError: if it cannot be loaded.
     """
-    if not any(file.is_file() for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+    if Path(place).is_dir() and not matching_files(Path(place), TOKENIZER_FILES):
         return None
     try:
-        code = get_tokenizer_config(folder).get("auto_map")
-        code = code.get("AutoTokenizer") if isinstance(code, dict) else code
-        tokenizer = None if code else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer("a")  # some fields of its config are not looked at before
+        return tokenizer
     except Exception as error:  # those of tokenizers, of a package that is missing, and of Python for broken files
         raise ValueError(
-            f"the tokenizer of {folder} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            "): mend that, or take its files out to convert without a tokenizer"
+            f"the tokenizer of {place} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            "): mend that, or take its files out to go without a tokenizer"
         ) from error
-    if code:
-        raise ValueError(
-            f"the tokenizer of {folder} is code, {next(filter(None, code))}, which is not run: save it as a class of "
-            "transformers, or take `auto_map` out of tokenizer_config.json if such a class does"
-        )
+
+
+def required_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
+    """[`load_tokenizer`] of a folder that is first checked, or Hub id, that has one, or else raises a `ValueError`."""
+    if Path(place).is_dir():
+        check_folder(Path(place))
+    tokenizer = load_tokenizer(place)
+    if tokenizer is None:
+        raise ValueError(f"{place} has no tokenizer: save the model's there")
     return tokenizer
 
 

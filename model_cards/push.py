@@ -8,12 +8,15 @@ from pathlib import Path
 import torch.distributed as dist
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
+
+from mohge.conversion.tokenizer import load_tokenizer
 
 from .card import MARKER, keep_card
 from .records import is_hub_id
 from .staging import is_stale, pushed_files, stage
 from .verify import verify
+from .writing import temporary_folder
 
 
 @contextmanager
@@ -23,10 +26,10 @@ def checked_stage(
     """Within this context, a folder with what is pushed of the model in `folder`, and its card. It has been loaded
     where mohge is missing and computes what the model computes here. Arguments and errors as for [`push_folder`]."""
     validate_repo_id(repo_id)
-    with tempfile.TemporaryDirectory() as staged:
-        card = stage(folder, Path(staged), repo_id, **about)
-        verify(Path(staged), original or folder)
-        yield Path(staged), card
+    with temporary_folder(Path(tempfile.gettempdir()), "push") as staged:
+        card = stage(folder, staged, repo_id, **about)
+        verify(staged, original or folder)
+        yield staged, card
 
 
 @contextmanager
@@ -133,13 +136,15 @@ def push_model(
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     place = model.config._name_or_path
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder(Path(tempfile.gettempdir()), "push") as folder:
         model.save_pretrained(folder, is_main_process=first, max_shard_size=max_shard_size)
         if not first:
             return None
         if place:
-            with suppress(OSError, ValueError):  # there is none
-                AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+            with suppress(ValueError):  # there is none
+                tokenizer = load_tokenizer(place)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
         # What does not fit a process on the CPU, or cannot be copied, is compared as it was saved.
         as_saved = model.device.type != "cpu" or dist.is_initialized() or hasattr(model.config, "quantization_config")
         original = None if as_saved else model

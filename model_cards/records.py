@@ -10,18 +10,23 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 
-RECORDS = ("recipe.yaml", "conversion_recipe.yaml", "conversion_report.json", "evaluation.json")
-"""Files that say how a model was made and what was measured of it."""
-
 _SECRETS = ("hub_token",)
 _FOLDERS = ("output", "output_dir", "logging_dir")
 _DATA = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".yaml")
 _ABSOLUTE = re.compile(r"/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\")
+_PLACE = re.compile(
+    r"(?<![\w/\\:.<~@?-])(?:file:/{1,3})?"  # not inside of a URL, a tag, a pattern or a relative path
+    r"(?:(?:~[\w.-]*|\.{1,2})/|[A-Za-z]:[/\\]+|\\\\(?=[\w.-]+\\)|//?(?=[\w.@+-][\w.@+ -]*/))"
+    r"(?:[\w.@+-][\w.@+ -]*[/\\]+)*(?=[\w.@+-])"
+)
+"""What goes before the last part of a path of some machine, which may stand in a longer text."""
+_OWN_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Fields that transformers adds, which mean nothing elsewhere."""
 
 
-def is_hub_id(text: str | None) -> bool:
+def is_hub_id(text: object) -> bool:
     """Whether `text` has the form `namespace/name` of the Hub, and is nothing on this machine."""
-    if not text or text.count("/") != 1 or text.endswith(_DATA) or Path(text).exists():
+    if not isinstance(text, str) or text.count("/") != 1 or text.endswith(_DATA) or Path(text).exists():
         return False
     try:
         validate_repo_id(text)
@@ -63,7 +68,7 @@ def read_record(folder: Path, name: str) -> dict:
         content = parse_yaml(text) if file.suffix == ".yaml" else json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}): mend or remove it") from error
     return _portable(content)
 
@@ -75,13 +80,30 @@ def write_record(file: Path, content: dict):
     file.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
 
 
+def without_places(value):
+    """A value of a config file without paths of this machine, of which the last parts stay. Chat templates are part of
+    the model, and stay as they are."""
+    if isinstance(value, dict):
+        return {
+            _PLACE.sub("", key): entry if key == "chat_template" else without_places(entry)
+            for key, entry in value.items()
+            if key not in _OWN_PLACES or is_hub_id(entry)
+        }
+    if isinstance(value, list):
+        return [without_places(entry) for entry in value]
+    return _PLACE.sub("", value) if isinstance(value, str) else value
+
+
 def _portable(value):
     if isinstance(value, dict):
-        kept = {key: _portable(entry) for key, entry in value.items() if key not in _SECRETS}
+        kept = {_PLACE.sub("", str(key)): _portable(entry) for key, entry in value.items() if key not in _SECRETS}
         return kept | {key: PurePath(kept[key]).name for key in _FOLDERS if isinstance(kept.get(key), str)}
     if isinstance(value, list):
         return [_portable(entry) for entry in value]
-    return PurePath(value).name if isinstance(value, str) and _is_path(value) else value
+    if not isinstance(value, str):
+        return value
+    text = _PLACE.sub("", value)
+    return PurePath(text).name if _is_path(value) else text
 
 
 def _is_path(text: str) -> bool:

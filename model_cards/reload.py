@@ -59,7 +59,7 @@ def main(folder: str, inputs: str, outputs: str, prompt: str):
 
     given = load_file(inputs)
     if "prompt" in given:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         encoded = tokenizer(prompt, return_tensors="pt")["input_ids"]
         if not torch.equal(encoded, given["prompt"]):
             raise ValueError("the tokenizer encodes otherwise than the original")

@@ -1,9 +1,10 @@
 """The recipes that come with the package: folders beside this file, each with a card, a config and a recipe."""
 
-import json
 from pathlib import Path
 
 from mohge import MoHGEConfig
+
+from .folder import check_folder, read_json
 
 
 _FOLDER = Path(__file__).parent
@@ -21,20 +22,18 @@ def shipped_file(recipe: str, name: str) -> Path | None:
 
 def load_config(source: str) -> MoHGEConfig:
     """
-    Read a MoHGE config from a JSON file, a model folder, a Hub id or a shipped recipe.
+    Read a MoHGE config from a JSON file, a model folder, a Hub id or a shipped recipe. Of a folder, all that a command
+    may read beside its weights is looked at.
 
     Raises:
-        ValueError: if it is no config of a MoHGE model.
+        ValueError: if it is no config of a MoHGE model, or a file of the folder leads out of it or asks for code.
         OSError: if there is nothing to read.
     """
     path = Path(source)
     if not path.exists():
         path = shipped_file(source, "config.json") or path
     if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{source} is not JSON ({error}): give a config.json or its folder") from error
+        values = read_json(path)
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: give the folder of a saved model")
     elif not path.exists() and (source.count("/") != 1 or path.suffix == ".json"):  # not the form of a Hub id either
@@ -43,8 +42,10 @@ def load_config(source: str) -> MoHGEConfig:
             f"{', '.join(shipped_recipes())}"
         )
     else:
+        if path.is_dir():
+            check_folder(path)
         values, _ = MoHGEConfig.get_config_dict(source)
-    model_type = values.get("model_type") if isinstance(values, dict) else None
+    model_type = values.get("model_type")
     if model_type != "mohge":
         raise ValueError(f'{source} has `model_type` "{model_type}", not "mohge": give the config of a MoHGE model')
     try:

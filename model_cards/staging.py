@@ -2,18 +2,17 @@
 
 import json
 import os
-import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from mohge.conversion.checkpoint import INDEX, SIDE_FILES, SINGLE
-from mohge.model_cards.shipped import load_config
 from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .card import keep_card, make_card
-from .records import RECORDS, is_hub_id, read_record, write_record
+from .folder import INDEX, RECORDS, SIDE_FILES, copy_side_files, matching_files, read_json, weight_files
+from .records import read_record, without_places, write_record
+from .shipped import load_config
 
 
 _STALE = (
@@ -21,7 +20,6 @@ _STALE = (
     *(pattern for pattern in SIDE_FILES if not pattern.startswith(("LICENSE", "NOTICE"))),
 )
 """What a push removes from the repository unless it brings it: what `from_pretrained` would read, and records."""
-_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 
 
 def is_stale(path: str) -> bool:
@@ -54,22 +52,19 @@ def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
     config = load_config(str(folder))
     if config.architectures and "MoHGEForCausalLM" not in config.architectures:
         raise ValueError(f"{folder} holds a {config.architectures[0]}: push a MoHGEForCausalLM")
-    for file in _weights(folder):
+    weights, indexed = weight_files(folder)
+    for file in [*weights, *([] if indexed is None else [INDEX])]:
         os.symlink((folder / file).resolve(), target / file)
-    for pattern in SIDE_FILES:
-        for file in filter(Path.is_file, folder.glob(pattern)):
-            copied = target / file.relative_to(folder)
-            copied.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copied)
+    copy_side_files(folder, target)
     for record in RECORDS:
         if content := read_record(folder, record):
             write_record(target / record, content)
     config.architectures, config.auto_map = ["MoHGEForCausalLM"], dict(AUTO_MAP)
     config.save_pretrained(target)
     save_code(target)
-    for file in target.glob("*config.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(_without_places(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in matching_files(target, ("*config.json", "special_tokens_map.json")):
+        content = without_places(read_json(target / name))
+        (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
         made = make_card(folder, name, config, **about)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -86,27 +81,3 @@ def pushed_files(target: Path) -> list[str]:
     """Paths of the files that [`stage`] put into `target`."""
     paths = (path.relative_to(target) for path in sorted(target.rglob("*")) if path.is_file())
     return [path.as_posix() for path in paths if not path.parts[0].startswith(".")]
-
-
-def _weights(folder: Path) -> list[str]:
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    if not (folder / INDEX).is_file():
-        has_bin = any(folder.glob("pytorch_model*.bin"))
-        reason = "weights as .bin only" if has_bin else "no safetensors weights"
-        raise ValueError(f"{folder} has {reason}: load the model and save it again with `save_pretrained`")
-    try:
-        files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX} is no index of shards ({error}): save the model again") from error
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        raise ValueError(f"{folder} lacks the shards {', '.join(missing)}: save the model again")
-    return [INDEX, *files]
-
-
-def _without_places(value):
-    if isinstance(value, dict):
-        kept = {key: entry for key, entry in value.items() if key not in _PLACES or is_hub_id(entry)}
-        return {key: _without_places(entry) for key, entry in kept.items()}
-    return value

@@ -9,18 +9,28 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+import mohge
+from mohge.conversion.tokenizer import load_tokenizer
 from mohge.loading import load_model
+from mohge.modeling_mohge import AUTO_MAP
 
-from .card import PROMPT, has_tokenizer
+from .card import PROMPT
+from .folder import read_json
 from .reload import CACHE_TOLERANCE
 from .reload import __file__ as RELOAD
+from .writing import temporary_folder
 
 
 TOLERANCE = 1e-4
 """Largest relative error of a token's logits, in float32 whatever the dtype of the weights: half precision rounds so
 much that the same weights may send a token to other experts."""
+
+
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
+_ENVIRONMENT += ("TMPDIR", "TEMP", "TMP", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+"""All of this process's variables that the verifying one gets: what Python and torch need, and no secret."""
 
 
 class ReloadError(RuntimeError):
@@ -31,7 +41,8 @@ def verify(folder: Path, original: Path | PreTrainedModel):
     """
     Load `folder` with `trust_remote_code=True` in a process where mohge is missing, offline, and compare its logits in
     float32 with those of `original`, on tokens drawn with a seed and, if there is a tokenizer, on the card's prompt.
-    Generation with a cache must there also compute what a forward without one does.
+    Generation with a cache must there also compute what a forward without one does. All the code that is trusted is
+    this package's own, byte for byte.
 
     Args:
         folder (`Path`): Folder to check, with the model's code.
@@ -39,17 +50,20 @@ def verify(folder: Path, original: Path | PreTrainedModel):
             Folder to load in this process with the installed mohge, or the model itself.
 
     Raises:
-        ReloadError: if `folder` does not load, or its logits differ, are not finite or change with a cache.
+        ReloadError: if `folder` has other code, does not load, or its logits differ, are not finite or change with a
+            cache.
         ValueError: if `original` does not load.
     """
+    check_code(folder)
     model = (
         load_model(original, dtype=torch.float32) if isinstance(original, Path) else copy.deepcopy(original).float()
     )
     length = min(32, model.config.max_position_embeddings)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     inputs = {"tokens": ids}
-    if has_tokenizer(folder):
-        encoded = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"].long()
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        encoded = tokenizer(PROMPT, return_tensors="pt")["input_ids"].long()
         if encoded.numel():
             inputs["prompt"] = encoded
     expected = _logits(model, inputs)
@@ -65,6 +79,23 @@ def verify(folder: Path, original: Path | PreTrainedModel):
         )
 
 
+def check_code(folder: Path):
+    """
+    Check that the code in `folder`, and what its config names, is that of the installed mohge.
+
+    Raises:
+        ReloadError: naming what is not.
+    """
+    package = Path(mohge.__file__).parent
+    for file in folder.rglob("*.py"):
+        own = package / file.name
+        if file.parent != folder or not (own.is_file() and own.read_bytes() == file.read_bytes()):
+            raise ReloadError(f"{file.relative_to(folder)} is code, and not that of the installed mohge")
+    named = read_json(folder / "config.json").get("auto_map", {})
+    if not named.items() <= {"AutoConfig": "configuration_mohge.MoHGEConfig", **AUTO_MAP}.items():
+        raise ReloadError(f"`auto_map` in its config.json names other code than that of the installed mohge: {named}")
+
+
 @torch.no_grad()
 def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model.eval().set_experts_implementation("grouped_mm")  # what the copied code runs without kernels
@@ -75,11 +106,11 @@ def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str
 
 
 def _reload(folder: Path, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    with tempfile.TemporaryDirectory() as scratch:
-        given, computed = (str(Path(scratch, name)) for name in ("inputs.safetensors", "outputs.safetensors"))
+    with temporary_folder(Path(tempfile.gettempdir()), "push") as scratch:
+        given, computed = (str(scratch / name) for name in ("inputs.safetensors", "outputs.safetensors"))
         save_file(inputs, given)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": scratch, "HF_MODULES_CACHE": scratch}
-        environment = {name: value for name, value in environment.items() if "TOKEN" not in name.split("_")}
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment |= {"HF_HUB_OFFLINE": "1", **dict.fromkeys(("HOME", "HF_HOME", "HF_MODULES_CACHE"), str(scratch))}
         command = [sys.executable, "-I", RELOAD, str(folder), given, computed, PROMPT]
         result = subprocess.run(
             command, env=environment, cwd=scratch, stdin=subprocess.DEVNULL, capture_output=True, text=True

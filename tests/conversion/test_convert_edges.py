@@ -22,6 +22,7 @@ from conversion_cases import (
     tensors,
     write_ids,
 )
+from filelock import FileLock
 from model_cases import assert_close, make_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -77,6 +78,20 @@ def test_two_runs_do_not_write_the_same_folder(tmp_path, capsys):
     other = Staging(tmp_path / "out", 4, "another run")
     assert "another process" in assert_refused([tmp_path / "source", tmp_path / "out", *REGROUP], tmp_path, capsys)
     other.close()
+
+
+def test_what_is_left_beside_a_complete_output_goes(tmp_path, capsys):
+    """Of a run that was killed after its last rename; not while another run holds it, nor what is somebody else's."""
+    source, out, scratch = make_source("olmoe", tmp_path / "source"), tmp_path / "out", tmp_path / ".out.scratch"
+    for folder in (out, scratch / "prepared"):
+        folder.mkdir(parents=True)
+    (scratch / "precious").touch()
+    assert "exists" in assert_refused([source, out, *REGROUP], tmp_path, capsys)
+    with FileLock(scratch / "lock"):
+        assert "exists" in assert_refused([source, out, *REGROUP], tmp_path, capsys)
+    (scratch / "lock").touch()
+    assert convert(source, out, *REGROUP) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_tied_checkpoint_with_another_output_projection(tmp_path, capsys):

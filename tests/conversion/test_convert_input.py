@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conversion_cases import (
     COPY,
     DENSE_OPTIONS,
@@ -91,6 +92,35 @@ def _break_index(source):
     (source / "model.safetensors.index.json").write_text("{")
 
 
+def _rewrite(source, number, change):
+    file = shards(source)[number]
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+def _twice(source):
+    """In another shard too, with other values."""
+    [head] = load_file(shards(source)[-1]).values()
+    _rewrite(source, 0, lambda weights: weights.update({"lm_head.weight": head + 1}))
+
+
+def _unknown_to_index(source):
+    _rewrite(source, 0, lambda weights: weights.update({"lm_head.bias": torch.zeros(3)}))
+
+
+def _only_in_index(source):
+    path = source / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.bias"] = shards(source)[0].name
+    path.write_text(json.dumps(index))
+
+
+def _only_tables(source):
+    _lose_weights(source)
+    save_file({"table": torch.arange(3)}, source / "model.safetensors", {"format": "pt"})
+
+
 def _config(**fields):
     def change(source):
         path = source / "config.json"
@@ -117,6 +147,10 @@ def _biases(source):
         (_lose_config, r"config\.json"),
         (_break_config, r"config\.json"),
         (_break_index, r"index"),
+        (_twice, r"lm_head\.weight.*differs.*model-00001.*model-"),
+        (_unknown_to_index, r"lm_head\.bias is in model-00001.*not in model\.safetensors\.index"),
+        (_only_in_index, r"lm_head\.bias is in no shard"),
+        (_only_tables, "no weights"),
         (_config(intermediate_size=40), r"shape|intermediate_size|\[44, 32\]"),
         (_config(num_hidden_layers=3), r"model\.layers\.2|num_hidden_layers"),
         (_config(model_type="gpt2"), "gpt2"),
@@ -127,8 +161,8 @@ def _biases(source):
     ],
     ids=[
         *("truncated shard", "truncated header", "empty shard", "missing shard", "missing tensor", "no weights"),
-        "bin weights",
-        *("no config", "broken config", "broken index", "other width", "missing layer", "unknown architecture"),
+        *("bin weights", "no config", "broken config", "broken index", "tensor twice", "tensor of no index"),
+        *("tensor of no shard", "tables alone", "other width", "missing layer", "unknown architecture"),
         *("another architecture", "no model type", "quantised", "biases in the feed-forward"),
     ],
 )

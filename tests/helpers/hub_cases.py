@@ -98,7 +98,7 @@ from mohge.model_cards import verify
 from mohge.model_cards.reload import cache_error
 
 def reload(folder, inputs):
-    model = verify._load(folder)
+    model = verify.load_model(folder, dtype=torch.float32)
     error = torch.tensor(cache_error(model, inputs["tokens"]))
     return {**verify._logits(model, inputs), "cache_error": error}
 

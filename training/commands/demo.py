@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import math
-import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import (
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.model_cards.reload import CACHE_TOLERANCE, cache_error
+from mohge.model_cards.writing import temporary_folder
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
 from mohge.training.data.packing import TextSource, batches, collate_packed, packed_blocks
 from mohge.training.loop.trainer import MoHGETrainer
@@ -96,8 +96,8 @@ def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int
         raise ValueError(f"--steps is {steps}: it must be at least 1")
     target = _free_path(output, f"mohge-demo-{router}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mohge-demo-", dir=target.parent) as temporary:
-        folder = Path(temporary) / "demo"
+    with temporary_folder(target.parent, "demo") as temporary:
+        folder = temporary / "demo"
         checks_passed = _run(router, folder, steps, seed)
         folder.rename(target)  # only now, so that an interrupted run leaves nothing
     print(f"page: {target / 'report.html'}")

@@ -70,11 +70,11 @@ def run(options: argparse.Namespace) -> int:
         OSError: if there is no such model.
     """
     import torch
-    from transformers import AutoTokenizer
 
-    from mohge.conversion.staging import write_file
+    from mohge.conversion.tokenizer import required_tokenizer
     from mohge.loading import load_model
     from mohge.model_cards.shipped import load_config, shipped_file
+    from mohge.model_cards.writing import write_file
     from mohge.training.data.packing import absolute, check_sequence_length, parse_sources
     from mohge.training.report.measure import format_router_table
     from mohge.training.tuning.lora import known_patterns
@@ -93,10 +93,7 @@ def run(options: argparse.Namespace) -> int:
     results = _read_results(file)
     length = check_sequence_length(options.sequence_length, config)
     device = options.device or torch.accelerator.current_accelerator() or "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{options.model} has no tokenizer: save one beside the model ({error})") from error
+    tokenizer = required_tokenizer(options.model)
     with known_patterns():  # of adapters
         model = load_model(options.model, dtype=options.dtype).eval()
     try:
@@ -150,10 +147,12 @@ def _output_file(options: argparse.Namespace) -> Path | None:
 
 def _read_results(file: Path | None) -> dict[str, Any]:
     """What earlier evaluations found."""
+    from mohge.model_cards.folder import read_json
+
     if file is None or not file.exists():
         return {"results": []}
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_json(file)
         results["results"] = [result for result in results["results"] if result["metrics"].items()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} holds no results of `mohge eval`: name another file with --output") from error

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.main import main
+from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
 from mohge.model_cards.shipped import load_config
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
@@ -255,7 +256,7 @@ def _trainer(
 
 
 def _tokenizer(own: FinetuneArguments, vocab_size: int) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or own.model)
+    tokenizer = required_tokenizer(own.tokenizer or own.model)
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, and the model's `vocab_size` is {vocab_size}: name the "

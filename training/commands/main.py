@@ -68,8 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _is_users(error: Exception) -> bool:
     """Whether this is a mistake of usage or input, which its message explains."""
     from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
-    return isinstance(error, ValueError | OSError | ImportError | StrictDataclassError)
+    return isinstance(error, ValueError | OSError | ImportError | StrictDataclassError | SafetensorError)
 
 
 if __name__ == "__main__":

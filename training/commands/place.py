@@ -2,12 +2,12 @@
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import torch
 
 from mohge import MoHGEConfig
+from mohge.model_cards.writing import temporary_folder
 from mohge.training.loop.traffic import RouterTraffic
 from mohge.training.placement.allocations import ALLOCATIONS, fitting_devices, misfit
 from mohge.training.placement.costs import AllocationCosts, Workload, allocation_costs, dense_flops, layer_loads
@@ -106,8 +106,8 @@ def _write_folder(
     target: Path, options: argparse.Namespace, workload: Workload, report: dict, costs: dict[str, AllocationCosts]
 ):
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mohge-place-", dir=target.parent) as temporary:
-        folder = Path(temporary) / "place"
+    with temporary_folder(target.parent, "place") as temporary:
+        folder = temporary / "place"
         folder.mkdir()
         length = report["sequence_length"]
         write_launch_files(folder, target, options.source, workload, length, options.replicas, options.device)

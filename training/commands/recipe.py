@@ -18,9 +18,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from mohge.conversion.staging import hold, write_file
 from mohge.model_cards.records import parse_yaml
 from mohge.model_cards.shipped import shipped_file
+from mohge.model_cards.writing import hold, write_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
 from mohge.training.loop.failure import RunFailed, writing

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.main import main
+from mohge.conversion.tokenizer import required_tokenizer
 from mohge.info import model_without_memory
 from mohge.loading import load_model
 from mohge.model_cards.shipped import load_config, shipped_file, shipped_recipes
@@ -192,7 +193,7 @@ def _tokenizer(
     path = Path(own.model)
     has_none = path.is_file() or not (any(path.glob("tokenizer*")) or _is_on_hub(own.model))
     if own.tokenizer is not None or checkpoint is not None or not has_none:
-        tokenizer = AutoTokenizer.from_pretrained(own.tokenizer or checkpoint or own.model)
+        tokenizer = required_tokenizer(own.tokenizer or checkpoint or own.model)
     else:
         made = [None]
         if training.process_index == 0:

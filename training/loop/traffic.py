@@ -2,13 +2,14 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mohge import MoHGEConfig
+from mohge.model_cards.folder import read_json
+from mohge.model_cards.writing import write_file
 
 
 class RouterTraffic:
@@ -86,17 +87,13 @@ class RouterTraffic:
 
     def save(self, path: str | os.PathLike):
         """Write the records to the JSON file `path`, which holds the old or the new content at every moment."""
-        path = Path(path)
         content = {
             "expert_groups": self.expert_groups,
             "expert_widths": self.expert_widths,
             "tokens": self.tokens,
             "counts": self.counts,
         }
-        with tempfile.TemporaryDirectory(prefix=".traffic-", dir=path.parent) as folder:
-            file = Path(folder) / path.name
-            file.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-            os.replace(file, path)
+        write_file(Path(path), json.dumps(content, separators=(",", ":")))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "RouterTraffic":
@@ -108,9 +105,9 @@ class RouterTraffic:
             OSError: if it cannot be read.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(Path(path))
             _check_content(content)
-        except ValueError as error:  # JSON and Unicode errors too
+        except ValueError as error:
             raise ValueError(
                 f"{path} is no recorded traffic ({error}): give the file that RouterTraffic.save wrote"
             ) from error

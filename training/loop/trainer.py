@@ -16,9 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
-from mohge.conversion.staging import write_file
 from mohge.loading import find_not_finite, local_tensor
 from mohge.losses_mohge import at_least_one, targets_per_sequence
+from mohge.model_cards.writing import write_file
 
 from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
@@ -306,6 +306,13 @@ class MoHGETrainer(Trainer):
             os.rename(written, final)
             shutil.rmtree(staging)
             shutil.rmtree(replaced, ignore_errors=True)
+
+    def _save(self, *args, **kwargs):
+        token, self.args.hub_token = self.args.hub_token, None  # which would go into training_args.bin
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            self.args.hub_token = token
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs

@@ -1,10 +1,10 @@
 """The page of `mohge report` as a file."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import jinja2
+
+from mohge.model_cards.writing import write_file
 
 from .drawing import as_data_uri
 from .layout import as_text
@@ -40,10 +40,7 @@ def is_page(path: Path) -> bool:
 def write_page(page: str, path: Path):
     """Write a page to `path`, which holds the old or the new content at every moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mohge-report-", dir=path.parent) as folder:
-        written = Path(folder) / path.name
-        written.write_text(page, encoding="utf-8")
-        os.replace(written, path)
+    write_file(path, page)
 
 
 __all__ = ["Report", "is_page", "render", "write_page"]

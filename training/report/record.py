@@ -1,18 +1,18 @@
 """What there is to report on: a run or a model, its training record, and text to measure it on."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME
 
 from mohge import MoHGEConfig
+from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
+from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, read_json
 from mohge.model_cards.shipped import load_config
 
 from ..data.packing import batches, packed_blocks, parse_sources
@@ -69,7 +69,7 @@ def read_record(source: str) -> Record:
 def _read_state(folder: Path) -> dict:
     path = folder / TRAINER_STATE_NAME
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         return {name: state[name] for name in ("global_step", "log_history")}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no state of a Trainer ({type(error).__name__}: {error}): remove it") from error
@@ -77,10 +77,11 @@ def _read_state(folder: Path) -> dict:
 
 def _base_model(folder: Path) -> str:
     """The model itself, or the one that the adapter in `folder` belongs to."""
-    adapter = folder / ADAPTER_CONFIG_NAME
+    adapter = folder / ADAPTER_CONFIG
     if (folder / CONFIG_NAME).is_file() or not adapter.is_file():
         return str(folder)
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    check_folder(folder)
+    return str(read_json(adapter).get("base_model_name_or_path"))
 
 
 def measure_text(record: Record, text: str, tokens: int) -> tuple[RoutingEvaluation, PreTrainedTokenizerBase]:
@@ -91,10 +92,7 @@ def measure_text(record: Record, text: str, tokens: int) -> tuple[RoutingEvaluat
         ValueError: if the text cannot be read, or the model has no tokenizer.
         OSError: if the model cannot be loaded.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(record.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--text needs the model's tokenizer, and {record.model} has none: save it there") from error
+    tokenizer = required_tokenizer(record.model)
     batches = read_text(text, tokenizer, record.config, tokens)
     with known_patterns():
         model = load_model(record.model)

@@ -1,17 +1,19 @@
 """Merging an adapter into the weights of its base model, with a check that the result computes the same."""
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
-from mohge import MoHGEConfig
+from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.conversion.tokenizer import load_tokenizer
 from mohge.loading import load_model
+from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, matching_files
+from mohge.model_cards.shipped import load_config
+from mohge.model_cards.writing import temporary_folder
 
 from .lora import known_patterns
 
@@ -87,8 +89,9 @@ def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | 
     adapter, target = Path(adapter), Path(target)
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter} has no {ADAPTER_CONFIG}: give the folder of an adapter to merge")
+    check_folder(adapter)
     base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    config = MoHGEConfig.from_pretrained(base_name)
+    config = load_config(base_name)
     check_merge(config, base_name, target)
     base = load_model(base_name, dtype=torch.float32).eval()
     tokens = torch.randint(config.vocab_size, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
@@ -100,19 +103,40 @@ def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | 
     merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mohge-merge-", dir=target.parent) as temporary:
-        folder = Path(temporary) / "merged"
-        merged.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
-        for name in _RECORDS:
-            if (adapter / name).is_file():
-                shutil.copy(adapter / name, folder)
+    with temporary_folder(target.parent, "merge") as temporary:
+        folder = temporary / "merged"
+        config = save_without_config(merged, folder, load_tokenizer(adapter))
+        for name in matching_files(adapter, _RECORDS):
+            shutil.copy(adapter / name, folder)
         del base, adapted, merged
-        reloaded = load_model(folder, dtype=torch.float32).eval()
+        reloaded = load_model(folder, config=config, dtype=torch.float32).eval()
         check = MergeCheck(_error(_logits(reloaded, tokens), wanted), _error(before, wanted), dtype)
         if check.passed:
-            folder.rename(target)
+            add_config(folder, target)
     return check
+
+
+def save_without_config(
+    model: MoHGEForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> MoHGEConfig:
+    """Save model and tokenizer, but the config in a folder beside, so that nobody loads what has not been checked.
+    Returns that config, read back."""
+    config = model.config
+    vars(config)["save_pretrained"] = lambda *arguments, **options: None
+    try:
+        model.save_pretrained(folder)
+    finally:
+        del vars(config)["save_pretrained"]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder.with_name("config"))
+    return MoHGEConfig.from_pretrained(folder.with_name("config"))
+
+
+def add_config(folder: Path, target: Path):
+    """Complete what [`save_without_config`] has saved, and give it its place."""
+    (folder.with_name("config") / "config.json").rename(folder / "config.json")
+    folder.rename(target)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Experts in 8 bits (torchao, `pip install torchao`), group by group. Everything else stays as it is."""
 
-import tempfile
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -9,13 +8,16 @@ from typing import Literal
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.quantization import Float8WeightOnlyConfig, FqnToConfig, Int8WeightOnlyConfig
-from transformers import AutoTokenizer, TorchAoConfig
+from transformers import TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.conversion.tokenizer import load_tokenizer
 from mohge.loading import load_model
+from mohge.model_cards.shipped import load_config
+from mohge.model_cards.writing import temporary_folder
 
-from .merge import is_quantized
+from .merge import add_config, is_quantized, save_without_config
 
 
 KINDS = {"int8": Int8WeightOnlyConfig, "float8": Float8WeightOnlyConfig}
@@ -102,24 +104,23 @@ def quantize_checkpoint(
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"`output_dir`: {target} exists: name another folder, or remove it first")
-    config = MoHGEConfig.from_pretrained(source)
+    config = load_config(str(source))
     model = load_model(
         source,
         dtype=dtype or config.dtype or torch.float32,
         quantization_config=expert_quantization(config, kind, min_width),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".mohge-quantize-", dir=target.parent) as temporary:
-        folder = Path(temporary) / "quantized"
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    with temporary_folder(target.parent, "quantize") as temporary:
+        folder = temporary / "quantized"
+        config = save_without_config(model, folder, load_tokenizer(source))
         result = QuantizedCheckpoint(
             bytes_before=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
             bytes_after=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-            reloaded=_same_weights(model, MoHGEForCausalLM.from_pretrained(folder)),
+            reloaded=_same_weights(model, load_model(folder, config=config)),
         )
         if result.reloaded:
-            folder.rename(target)
+            add_config(folder, target)
     return result
 
 

@@ -100,7 +100,7 @@ def test_info_with_layers_of_different_groups(tmp_path, capsys):
         (None, "does not exist"),
         ("not json", "is not JSON"),
         ('{"model_type": "olmoe"}', '`model_type` "olmoe"'),
-        ("[1, 2]", "`model_type`"),
+        ("[1, 2]", "it is no object"),
         ('{"model_type": "mohge", "num_experts_per_tok": 100}', "`num_experts_per_tok`"),
         ('{"model_type": "mohge", "num_experts_per_tok": "six"}', "'num_experts_per_tok'"),
         ('{"model_type": "mohge", "rope_parameters": {"rope_type": "nonsense"}}', "KeyError: 'nonsense'"),

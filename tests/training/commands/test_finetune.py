@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mohge import MoHGEForCausalLM
 from mohge.commands.main import main
 from mohge.training import MoHGETrainer
+from mohge.training.tuning import merge
 from mohge.training.tuning.merge import MergeCheck
 
 
@@ -110,12 +111,26 @@ def test_a_run_that_was_stopped_before_its_merge_goes_on_with_it(place, tmp_path
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
-def test_a_trained_adapter_is_merged_on_its_own(place, adapter, tmp_path):
+def test_a_trained_adapter_is_merged_on_its_own_and_nothing_loads_before_its_check(
+    place, adapter, tmp_path, monkeypatch
+):
+    load, tried = merge.load_model, []
+
+    def reload(name, **kwargs):
+        if "config" in kwargs:
+            tried.extend(file.parent for file in tmp_path.rglob("*.safetensors"))
+            with pytest.raises((OSError, ValueError)):
+                AutoModelForCausalLM.from_pretrained(name)
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(merge, "load_model", reload)
     assert finetune(place, "unused", data=None, model=adapter, merge=tmp_path / "merged") == 0
     base = MoHGEForCausalLM.from_pretrained(place / "base")
     wanted = logits(PeftModel.from_pretrained(base, place / adapter))
     torch.testing.assert_close(logits(MoHGEForCausalLM.from_pretrained(tmp_path / "merged")), wanted)
     assert not (place / "unused").exists()
+    assert len(tried) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_a_merge_that_rounds_the_adapter_away_fails_and_leaves_the_adapter(tmp_path, capsys):

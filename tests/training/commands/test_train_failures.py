@@ -27,7 +27,7 @@ from pretrain_runs import (
 from safetensors.torch import load_file, save_file
 
 from mohge.commands.main import main
-from mohge.conversion.staging import hold
+from mohge.model_cards.writing import hold
 
 
 SAVE = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}

@@ -36,3 +36,12 @@ def test_best_checkpoint_is_kept_when_the_folder_moves(trainer_class, tmp_path):
     state = trainer.model.state_dict()
     assert all(torch.equal(state[name], best[name]) for name in best)
     assert not torch.equal(best["lm_head.weight"], last["lm_head.weight"])
+
+
+def test_the_token_is_in_no_file(tmp_path):
+    trainer = train(config(), str(tmp_path), MoHGETrainer, hub_token="hf_secret", **SAVE_EACH_STEP)
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret"
+    contents = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert b"output_dir" in contents["training_args.bin"]
+    assert not [name for name, content in contents.items() if b"hf_secret" in content]

@@ -195,7 +195,7 @@ def test_page_goes_where_output_says_and_is_the_same_page_for_the_same_run(writt
         (["run", "--text", "empty.txt"], "empty.txt"),
         (["run", "--text", "one.jsonl"], "--text one.jsonl has no two tokens in a row"),
         (["run", "--text", "large.jsonl"], "no tokens of the tokenizer"),
-        (["bare", "--text", "text.txt"], "needs the model's tokenizer"),
+        (["bare", "--text", "text.txt"], "bare has no tokenizer"),
         (["empty"], "has no config.json"),
         (["broken"], "trainer_state.json is no state of a Trainer"),
         (["other"], "recorded with other experts"),
