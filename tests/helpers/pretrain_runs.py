@@ -149,6 +149,17 @@ def run_command_terminated_in_step(step: int, rank: int | None, cache: Path, *fl
     run_command(cache, *flags)
 
 
+def run_command_of_each(cache: Path, flags_of_ranks: list[list[str]]):
+    """The same on several ranks, with flags of their own."""
+    run_command(cache, *flags_of_ranks[int(os.environ["RANK"])])
+
+
+def run_command_as_first_of_two(port: int, cache: Path, *flags: str):
+    """The same as rank 0 of two, where the other one is not."""
+    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run_command(cache, *flags)
+
+
 def run_command_stopped_in_step(step: int, cache: Path, *flags: str):
     """The same, but the process stops, and lives on, in the middle of `step`."""
     signal_in(MoHGETrainer, "training_step", lambda self, *args: self.state.global_step == step - 1, signal.SIGSTOP)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from datetime import timedelta
 from importlib import import_module
 
 
@@ -25,6 +26,8 @@ _LEFT_BEHIND = {
     "train": "the same command goes on from the last checkpoint",
     "finetune": "the same command goes on from the last checkpoint",
 }
+_PATIENCE = timedelta(seconds=10)
+"""For the first of several ranks to say why it ends."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,14 +58,35 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nmohge {options.command}: interrupted, {left}", file=sys.stderr)
         return 1
     except Exception as error:
-        from mohge.training.loop.failure import RunFailed
+        from mohge.training.loop.failure import RunFailed, is_lost_touch
 
-        failed = isinstance(error, RunFailed)
-        if not (failed or _is_users(error)):
+        reason, failed = " ".join(str(error).split()), isinstance(error, RunFailed)
+        if is_lost_touch(error):
+            failed, first = True, str(error).partition("\n")[0]
+            reason = f"lost touch with another rank ({first}): see what that one says, and start all again"
+        elif not (failed or _is_users(error)):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes, one on each machine
-            print(f"mohge {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        line = f"mohge {options.command}: {reason}"
+        if is_lost_touch(error) or _is_news(line):
+            print(line, file=sys.stderr)
         return 1 if failed else 2
+
+
+def _is_news(line: str) -> bool:
+    """Whether the first rank of several does not say the same."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # all have the same arguments, and are no further
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if dist.get_rank() == 0:
+            store.set("mohge/end", line)
+            return True
+        store.wait(["mohge/end"], _PATIENCE)
+        return store.get("mohge/end").decode() != line
+    except RuntimeError:  # the first rank is gone, or goes on
+        return True
 
 
 def _is_users(error: Exception) -> bool:

@@ -23,7 +23,7 @@ from mohge.model_cards.shipped import shipped_file
 from mohge.model_cards.writing import hold, write_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
-from mohge.training.loop.failure import RunFailed, writing
+from mohge.training.loop.failure import RunFailed, is_lost_touch, writing
 from mohge.training.loop.trainer import MoHGETrainer
 
 
@@ -158,9 +158,9 @@ def one_line_errors() -> Iterator[None]:
     """Within this context, what a `Trainer` or its arguments lack (a reporter, a device) is a ValueError."""
     try:
         yield
-    except RunFailed:
-        raise
     except (ImportError, RuntimeError, TypeError) as error:
+        if isinstance(error, RunFailed) or is_lost_touch(error):
+            raise
         raise ValueError(str(error)) from error
 
 

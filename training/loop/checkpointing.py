@@ -24,6 +24,8 @@ from mohge import MoHGEConfig
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.model_cards.shipped import load_config
 
+from .failure import is_lost_touch
+
 
 OPTIMIZER_FOLDER = "optimizer"
 """Folder of a checkpoint that holds the optimizer's state of a sharded run."""
@@ -87,6 +89,8 @@ def reading(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_lost_touch(error):
+            raise
         broken = _broken_file(Path(folder))
         if broken is None and isinstance(error, ValueError | OSError):
             raise

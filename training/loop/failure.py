@@ -4,11 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 
 class RunFailed(RuntimeError):
     """A run failed although what it was given was right: commands print the reason and end with 1."""
+
+
+def is_lost_touch(error: BaseException) -> bool:
+    """Whether an error says that the ranks of a run cannot reach each other."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
 
 
 @contextmanager
@@ -17,7 +23,7 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer raises the last
-        if isinstance(error, RunFailed):
+        if isinstance(error, RunFailed) or is_lost_touch(error):
             raise
         raise RunFailed(
             f"{path} cannot be written ({error}): earlier checkpoints are as they were; make room, and the same "

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from pretrain_runs import (
     contents,
     make_inputs,
     run_command,
+    run_command_as_first_of_two,
+    run_command_of_each,
     run_command_stopped_in_step,
     run_command_with_fault,
     run_command_with_little_space,
@@ -261,3 +264,25 @@ def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint(place, saved, inp
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [f"checkpoint-{n}" for n in saved]
     assert not list((tmp_path / "run").glob(".*"))
     assert main(["train", *flags]) == 0
+
+
+# Several ranks.
+
+
+def test_error_of_one_rank_is_said_by_it_and_ends_the_other(inputs, cache, tmp_path):
+    flags = [arguments(inputs, tmp_path / "run", datasets=data) for data in (inputs / "a.jsonl", "no/such/text.jsonl")]
+    ranks = Ranks(2, tmp_path / "logs", run_command_of_each, cache, flags)
+    assert ranks.wait() == [1, 2], ranks.errors()
+    assert "no/such/text.jsonl cannot be read" in only_line(ranks.errors(1))
+    assert "lost touch with another rank" in only_line(ranks.errors(0))
+
+
+def test_port_in_use_is_said_in_one_line(inputs, cache, tmp_path):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        flags = arguments(inputs, tmp_path / "run")
+        ranks = Ranks(1, tmp_path / "logs", run_command_as_first_of_two, used.getsockname()[1], cache, *flags)
+        assert ranks.wait(seconds=60) == [1], ranks.errors()
+    assert "lost touch with another rank" in only_line(ranks.errors())
+    assert not (tmp_path / "run").exists()
