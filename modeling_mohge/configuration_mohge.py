@@ -268,12 +268,12 @@ class MoHGEConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """See `PreTrainedConfig.to_dict`. Fields that follow from others are left out, so that who loads it may change
-        what they follow from."""
+        what they follow from; the router, which readers ask for, stays."""
         output = super().to_dict()
         if not self.is_heterogeneous:
             for name, derive in _DERIVED_DEFAULTS.items():
-                if name in output and output[name] == derive(self):
-                    del output[name]
+                if name != "router_type" and output.get(name) == derive(self):
+                    output.pop(name, None)
         return output
 
     # Fields of the backbone are read and set through this config, as `config.hidden_size` is by everybody.
