@@ -86,7 +86,7 @@ def break_weight(file: Path, name: str, value: float):
 
 
 def test_folder_of_a_run_that_goes_on_is_refused_and_free_when_that_is_killed(whole, inputs, cache, tmp_path, capsys):
-    flags = arguments(inputs, tmp_path / "run", **SAVE, dataloader_num_workers=1)
+    flags = arguments(inputs, tmp_path / "run", **SAVE)
     ranks = Ranks(1, tmp_path / "logs", run_command_stopped_in_step, 4, cache, *flags)
     wait_for(tmp_path / "run" / "checkpoint-2", ranks)
     before = contents(tmp_path / "run")
