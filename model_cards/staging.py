@@ -62,9 +62,9 @@ def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
     config.architectures, config.auto_map = ["MoHGEForCausalLM"], dict(AUTO_MAP)
     config.save_pretrained(target)
     save_code(target)
-    for name in matching_files(target, ("*config.json", "special_tokens_map.json")):
-        content = without_places(read_json(target / name))
-        (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in matching_files(target, ("*config.json", "special_tokens_map.json")):
+        content = without_places(read_json(target / file))
+        (target / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
         made = make_card(folder, name, config, **about)
     except (AttributeError, IndexError, KeyError, TypeError) as error:

@@ -284,7 +284,7 @@ def test_folder_that_is_no_model_is_refused(flaw, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
-    hint = {"bin": ".bin only", "adapter": "merge", "base_model": "MoHGEModel", "shard": "lacks", "name": "no/such"}
+    hint = {"bin": ".bin files", "adapter": "merge", "base_model": "MoHGEModel", "shard": "lacks", "name": "no/such"}
     assert hint.get(flaw, "model") in line
 
 
