@@ -145,7 +145,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         self._adopt_base_model()
         if config.router_logit_ema_strength:
             self._keep_in_fp32_modules_strict = {"logit_ema_E", "logit_pending"}
-        self._known_arguments = self._names_taken()
+        # Those of the base model too: a pipeline hands it all that the head is given.
+        self._known_arguments = self.base_model._known_arguments = self._names_taken()
         self.post_init()
 
     def _replace_feed_forwards(self) -> tuple[str, ...]:
@@ -171,7 +172,6 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         inner.__class__ = _class_with_backbone(MoHGEModel, type(inner))
         _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
         inner.config, inner._is_part = self.config, True
-        inner._known_arguments = inner._names_taken()
         inner._sparse_paths = tuple(path.removeprefix(f"{self.base_model_prefix}.") for path in self._sparse_paths)
 
     @property

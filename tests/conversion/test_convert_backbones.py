@@ -1,6 +1,7 @@
 """`mohge convert` of every kind of decoder, and the list of them."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_what_travels_along(tmp_path):
     for file in files:
         (tmp_path / "source" / file).parent.mkdir(exist_ok=True)
         if file != "tokenizer.json":
-            (tmp_path / "source" / file).write_text(f"content of {file}")
+            (tmp_path / "source" / file).write_text(json.dumps({"content": file}))
     options = {"mode": "copy", "widths": [48], "experts_per_group": 2, "top_k": 1}
     run(tmp_path / "source", tmp_path / "out", **options)
     for file in files:

@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, logging
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
 from mohge.loading import find_not_finite, local_tensor
 from mohge.losses_mohge import at_least_one, targets_per_sequence
+from mohge.model_cards.folder import check_folder
 from mohge.model_cards.writing import write_file
 
 from .callbacks import RouterScheduleCallback, base_model
@@ -452,15 +453,8 @@ class MoHGETrainer(Trainer):
         if self._resumed_from is None:
             if self.args.save_only_model and self.args.save_strategy != "no" and self.is_world_process_zero():
                 logger.warning("`save_only_model` is set: no checkpoint of this run can be resumed.")
-        elif not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which have files of their own
-            record = self._read_record(self._resumed_from)
-            ranks = 0 if record is None else len(record["ranks"])
-            check_resumable(self._resumed_from, ranks)
-            if ranks not in (0, self.args.world_size) and self.is_world_process_zero():
-                logger.warning(
-                    f"{self._resumed_from} is of {ranks} ranks, and here are {self.args.world_size}: random numbers, "
-                    "as of dropout, are others than they would have been."
-                )
+        else:
+            self._check_resumable(self._resumed_from)
         try:
             result = super().train(self._resumed_from, *args, **kwargs)
         except BaseException:
@@ -470,6 +464,19 @@ class MoHGETrainer(Trainer):
         with writing(self.args.output_dir):
             self._save_traffic(self.args.output_dir)
         return result._replace(training_loss=result.metrics["train_loss"])
+
+    def _check_resumable(self, checkpoint: str):
+        check_folder(Path(checkpoint))
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which have files of their own
+            return
+        record = self._read_record(checkpoint)
+        ranks = 0 if record is None else len(record["ranks"])
+        check_resumable(checkpoint, ranks)
+        if ranks not in (0, self.args.world_size) and self.is_world_process_zero():
+            logger.warning(
+                f"{checkpoint} is of {ranks} ranks, and here are {self.args.world_size}: random numbers, as of "
+                "dropout, are others than they would have been."
+            )
 
     def _begin(self):
         """What is left to do when everything has been loaded, before the first step."""
