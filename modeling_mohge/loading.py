@@ -10,8 +10,6 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mohge.model_cards.folder import check_folder
-
 from .modeling_mohge import MoHGEForCausalLM
 
 
@@ -30,8 +28,6 @@ def load_model(name: str | Path, **kwargs) -> MoHGEForCausalLM:
         OSError: if there is no such model.
     """
     kwargs.setdefault("dtype", "auto")
-    if Path(name).is_dir():
-        check_folder(Path(name))
     try:
         model, found = MoHGEForCausalLM.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

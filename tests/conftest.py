@@ -5,6 +5,7 @@ has been imported stays: Trainer collects garbage in every run, which would othe
 
 import gc
 
+import pytest
 import torch
 
 
@@ -17,3 +18,11 @@ def pytest_collection_finish():
 
 def pytest_sessionfinish():
     gc.unfreeze()  # or else some libraries report at the end what was left
+
+
+@pytest.fixture
+def new_warnings():
+    """What is said once in a process is said again."""
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()

@@ -76,6 +76,7 @@ def test_loss_of_a_head_includes_router_losses_in_training(auto_class, folder, t
     assert torch.equal(again(ids, attention_mask=mask).logits, model.eval()(ids, attention_mask=mask).logits)
 
 
+@pytest.mark.usefixtures("new_warnings")
 @pytest.mark.parametrize(
     ("model_class", "others"),
     [

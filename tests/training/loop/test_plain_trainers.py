@@ -143,12 +143,10 @@ def trl_trainer(kind: str, place, folder, **options):
     )
 
 
+@pytest.mark.usefixtures("new_warnings")
 @pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "reward"])
 def test_trl_with_defaults_names_the_losses_that_it_leaves_out(kind, place, tmp_path, caplog):
     trainer = trl_trainer(kind, place, tmp_path)
-    # one message for each set of losses, in a process
-    trainer.model.config.router_entropy_coef = 0.125 if kind in ("dpo", "grpo") else 0.0
-    trainer.model.config.router_z_loss_coef = 0.125 if kind in ("grpo", "reward") else 0.0
     with caplog.at_level(logging.WARNING):
         trainer.train()
     (message,) = said(caplog, "left out where a loss is computed outside")
@@ -180,6 +178,7 @@ def test_trl_adds_the_load_balancing_loss(kind, place, tmp_path):
 # PEFT
 
 
+@pytest.mark.usefixtures("new_warnings")
 @pytest.mark.parametrize(
     ("targets", "warned"),
     [("all-linear", True), (SEVEN, True), (r".*self_attn\.(q|v)_proj", False)],
