@@ -331,10 +331,14 @@ class MoHGEConfig(PreTrainedConfig):
         """The first of these fields that the backbone has."""
         return next((value for name in names if (value := getattr(self.backbone_config, name, None))), None)
 
+    @property
+    def backbone_is_mixture(self) -> bool:
+        """Whether the backbone has layers with experts of its own."""
+        # The field alone says little: some configs have it for decoders that may be mixtures. To know, one is built.
+        return self._of_backbone(*_NUM_EXPERTS) is not None and is_mixture(self.backbone_config)
+
     def _derive_router_type(self) -> str:
-        # The field alone says little: some configs have it for decoders that may be mixtures.
-        mixture = self._of_backbone(*_NUM_EXPERTS) is not None and is_mixture(self.backbone_config)
-        return "source" if mixture else "two_level"
+        return "source" if self.backbone_is_mixture else "two_level"
 
     def _derive_num_groups_per_tok(self) -> int:
         counts = sorted(self.expert_counts)

@@ -35,7 +35,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.import_utils import is_torch_distributed_available, is_torchdynamo_compiling
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder
 
-from .backbones_mohge import activation, is_mixture, replaceable
+from .backbones_mohge import activation, replaceable
 from .blocks_mohge import (
     MoHGEExperts,
     MoHGEMixtureExperts,
@@ -350,7 +350,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def _set_experts_of_backbone(self):
         """Layers may keep the backbone's own experts, for which our implementations are not made."""
         chosen, backbone_config = self.config._experts_implementation, self.config.backbone_config
-        if is_mixture(backbone_config):
+        if self.config.backbone_is_mixture:
             chosen = super().get_correct_experts_implementation(None if chosen.startswith("mohge") else chosen)
         backbone_config._experts_implementation_internal = chosen
 
