@@ -72,6 +72,8 @@ class ExpertLayout(NamedTuple):
     """Layers that have a dense feed-forward instead of experts."""
 
 
+_LOGITS = 2**24
+"""Most logits of a model that are computed at once, for large vocabularies."""
 _PRODUCTS = {F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm}
 
 
@@ -250,7 +252,7 @@ class Decoder:
                 parameter.data = parameter.data.float()
         found.layer.to(device)
         try:
-            with torch.no_grad(), ComputeInFloat32():
+            with ComputeInFloat32():
                 yield found
         finally:
             empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
@@ -261,7 +263,7 @@ class Decoder:
         first."""
         self._turn.number, self._turn.passed = number, send_to_device(before, ids.device)
         try:
-            with torch.no_grad(), ComputeInFloat32():
+            with ComputeInFloat32():
                 self.model(input_ids=ids, use_cache=False)
         except _Reached as reached:
             return reached.passed
@@ -270,8 +272,22 @@ class Decoder:
     def logits(self, ids: torch.Tensor, last: Passed, positions: torch.Tensor) -> torch.Tensor:
         """[b, n, V] the logits at `positions` [n] that follow from what the last layer left."""
         self._turn.number, self._turn.passed = self.num_layers, send_to_device(last, ids.device)
-        with torch.no_grad(), ComputeInFloat32():
+        with ComputeInFloat32():
             return self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits.float()
+
+    def logits_in_steps(self, ids: torch.Tensor, *last: Passed) -> Iterator[tuple[torch.Tensor, ...]]:
+        """For the tokens `ids` [b, S], a few positions at a time: the tokens that follow, -100 for none, and the
+        logits [t, V] that follow from each of `last`."""
+        targets = targets_of(ids).view_as(ids)
+        step = max(1, _LOGITS // self.config.vocab_size // len(ids))
+        for positions in torch.arange(ids.shape[1], device=ids.device).split(step):
+            logits = (self.logits(ids, passed, positions).flatten(0, 1) for passed in last)
+            yield targets[:, positions].flatten(), *logits
+
+
+def targets_of(ids: torch.Tensor) -> torch.Tensor:
+    """The token that follows each token of `ids` [b, S], -100 for none; flat."""
+    return F.pad(ids[:, 1:], (0, 1), value=-100).flatten()
 
 
 class Source(Decoder):
@@ -331,6 +347,12 @@ class Source(Decoder):
             mlp_only_layers=list(self.experts.dense_layers),
         )
 
+    def expert_widths(self, number: int) -> list[int]:
+        """Width of each routed expert of a layer, by id: the feed-forward of a dense model is its only expert."""
+        if self.experts is None:
+            return [self.width]
+        return [] if number in self.experts.dense_layers else [self.experts.width] * self.experts.count
+
     def read_layer(self, number: int, state: dict[str, torch.Tensor]) -> LayerWeights:
         """A layer whose tensors, by name inside it, are `state`."""
         found = self.feed_forwards[number]
@@ -371,6 +393,11 @@ class MoHGE(Decoder):
     def equivalent(self) -> MoHGEConfig:
         """See `Source.equivalent`."""
         return self.config
+
+    def expert_widths(self, number: int) -> list[int]:
+        """See `Source.expert_widths`."""
+        dense = number in self.config.mlp_only_layers
+        return [] if dense else list(self.config.per_layer_config[number].expert_widths)
 
     def read_layer(self, number: int, state: dict[str, torch.Tensor]) -> LayerWeights:
         """See `Source.read_layer`."""

@@ -29,7 +29,7 @@ def _describe(model_type: str) -> str:
     except Exception as error:  # whatever transformers raises must not break the list
         return f"unknown: its default config makes no model ({' '.join(str(error).split())[:120]})"
     kind = "dense" if source.experts is None else "mixture"
-    modes = ", ".join(sorted(name for name, mode in MODES.items() if mode.takes == kind))
+    modes = ", ".join(sorted(name for name, mode in MODES.items() if kind in mode.takes))
     if kind == "dense":
         return f"dense    {modes}"
     return f"mixture  {modes}; router: source{', two_level' if model_type in FLAT_ROUTERS else ''}"

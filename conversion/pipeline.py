@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,18 +24,17 @@ from mohge.model_cards.writing import write_file
 from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .calibration import Tokens, random_tokens, read_tokens
-from .decoders import Decoder, LayerWeights, MoHGE, Passed
+from .decoders import Decoder, LayerWeights, MoHGE, Passed, targets_of
 from .modes import Converted, Layer
 from .plan import Plan
 from .receipt import LogitComparison, make_report
+from .saliency import Survey
 from .staging import Staging
 from .streams import Stream
 from .tokenizer import about, compare
 
 
 _BATCH_TOKENS = 4096
-_LOGITS = 2**24
-"""Most logits of a model that are computed at once, for large vocabularies."""
 
 
 def convert(plan: Plan, progress: bool = False) -> dict:
@@ -51,15 +51,7 @@ def convert(plan: Plan, progress: bool = False) -> dict:
     Raises:
         ValueError: if the calibration data does not do, or another process writes to the same folder.
     """
-    if plan.recipe.calibration is None:
-        tokens = random_tokens(plan.source, plan.recipe.seed)
-    else:
-        tokens = read_tokens(plan.recipe, plan.tokenizer, plan.source.config, plan.mode.observes)
-        fitted = tokens.ids[: -tokens.held_out].numel()
-        if plan.mode.observes and fitted < plan.target.config.num_experts:
-            raise ValueError(
-                f"`calibration_tokens` leaves {fitted} tokens for {plan.target.config.num_experts} experts: raise it"
-            )
+    tokens = _tokens(plan)
     shards = plan.source.num_layers + 1
     staging = Staging(Path(plan.recipe.output), shards, _identity(plan, tokens))
     try:
@@ -67,6 +59,39 @@ def convert(plan: Plan, progress: bool = False) -> dict:
             return _Conversion(plan, tokens, staging, writer, progress).run()
     finally:
         staging.close()
+
+
+def settle(plan: Plan, progress: bool = False):
+    """
+    Find out what `plan.target` is where that takes calibration tokens, and write nothing.
+
+    Raises:
+        ValueError: if the calibration data does not do.
+    """
+    if plan.mode.criterion is None:
+        return
+    with TemporaryDirectory() as folder, torch.no_grad():
+        with plan.tensors.open() as read:
+            plan.source.load_outer({name: read(name) for name in plan.source.outer_names}, plan.recipe.device)
+        tokens = _tokens(plan)
+        batches = _batches(tokens.ids[: -tokens.held_out], plan.recipe.device) if plan.mode.observes else []
+        plan.mode.settle(Survey(plan, batches, Path(folder), progress).measure(plan.mode.criterion))
+
+
+def _tokens(plan: Plan) -> Tokens:
+    if plan.recipe.calibration is None:
+        return random_tokens(plan.source, plan.recipe.seed)
+    tokens = read_tokens(plan.recipe, plan.tokenizer, plan.source.config, plan.mode.observes)
+    fitted = tokens.ids[: -tokens.held_out].numel()
+    if plan.mode.observes and fitted < plan.target.config.num_experts:
+        raise ValueError(
+            f"`calibration_tokens` leaves {fitted} tokens for {plan.target.config.num_experts} experts: raise it"
+        )
+    return tokens
+
+
+def _batches(ids: torch.Tensor, device: str) -> list[torch.Tensor]:
+    return [batch.to(device) for batch in ids.split(max(1, _BATCH_TOKENS // ids.shape[1])) if len(batch)]
 
 
 def _identity(plan: Plan, tokens: Tokens) -> str:
@@ -92,24 +117,27 @@ class _Conversion:
         # What comes before a layer of the source, of the result, and what enters and leaves the source's feed-forward.
         self.source, self.target = Stream(staging.scratch, "source"), Stream(staging.scratch, "target")
         self.entering, self.leaving = Stream(staging.scratch, "entering"), Stream(staging.scratch, "leaving")
-        sequences = max(1, _BATCH_TOKENS // tokens.ids.shape[1])
         fitted, held_out = tokens.ids.split([len(tokens.ids) - tokens.held_out, tokens.held_out])
-        self.batches = [batch for part in (fitted, held_out) for batch in part.split(sequences) if len(batch)]
-        self.fitted = range(-(-len(fitted) // sequences))
+        self.batches = _batches(fitted, self.device)
+        self.fitted = range(len(self.batches))
         """Batches that statistics are taken over."""
+        self.batches += _batches(held_out, self.device)
         self.held_out = range(len(self.fitted), len(self.batches))
-        self.batches = [batch.to(self.device) for batch in self.batches]
         self.fitted_tokens = fitted.numel()
 
+    @torch.no_grad()
     def run(self) -> dict:
         plan, staging = self.plan, self.staging
-        folder = staging.prepare()
-        tokenizer = self._write_side_files(folder)
         with plan.tensors.open() as read:
             outer = {name: read(name) for name in plan.source.outer_names}
         sealed = self._copy_outer(outer)
-        for decoder in (plan.source, plan.target):
-            decoder.load_outer(outer, self.device)
+        plan.source.load_outer(outer, self.device)
+        if plan.mode.criterion is not None:
+            batches = [self.batches[batch] for batch in self.fitted]
+            plan.mode.settle(Survey(plan, batches, staging.scratch, self.progress).measure(plan.mode.criterion))
+        plan.target.load_outer(outer, self.device)
+        folder = staging.prepare()
+        tokenizer = self._write_side_files(folder)
         difficulty = self._difficulty() if plan.mode.needs_difficulty else None
         reports = [staging.scratch / f"layer-{number}.json" for number in range(self.layers)]
         for number in tqdm(range(self.layers), "layers", disable=not self.progress):
@@ -239,11 +267,13 @@ class _Conversion:
             stream.drop(number)
         losses = []
         for batch in self.fitted:
-            for targets, logits in self._logits(self.batches[batch], stream.load(self.layers, batch)):
+            for targets, logits in self.plan.source.logits_in_steps(
+                self.batches[batch], Passed(*stream.load(self.layers, batch))
+            ):
                 losses.append(F.cross_entropy(logits, targets, reduction="none").cpu())
         stream.drop(self.layers)
         losses_T = torch.cat(losses)
-        followed = torch.cat([_targets(self.batches[batch]) for batch in self.fitted]) >= 0
+        followed = torch.cat([targets_of(self.batches[batch]) for batch in self.fitted]) >= 0
         losses_T[~followed] = losses_T[followed].mean()
         save_file({"losses": losses_T}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
@@ -252,18 +282,10 @@ class _Conversion:
     def _compare_logits(self) -> LogitComparison:
         comparison = LogitComparison()
         for batch in self.held_out:
-            last = [stream.load(self.layers, batch) for stream in (self.source, self.target)]
-            for logits in self._logits(self.batches[batch], *last):
+            last = [Passed(*stream.load(self.layers, batch)) for stream in (self.source, self.target)]
+            for logits in self.plan.source.logits_in_steps(self.batches[batch], *last):
                 comparison.add(*logits)
         return comparison
-
-    def _logits(self, ids: torch.Tensor, *last: tuple) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Targets [t], and the logits [t, V] that follow from each of `last`, a few tokens at a time."""
-        source, targets = self.plan.source, _targets(ids).view_as(ids)
-        step = max(1, _LOGITS // source.config.vocab_size // len(ids))
-        for positions in torch.arange(ids.shape[1], device=self.device).split(step):
-            logits = (source.logits(ids, Passed(*passed), positions).flatten(0, 1) for passed in last)
-            yield targets[:, positions].flatten(), *logits
 
     def _write_side_files(self, folder: Path) -> dict | None:
         """Write config, code, tokenizer and what else belongs to a model; what the receipt says of the tokenizer."""
@@ -302,8 +324,3 @@ def _measured(found: FeedForward) -> nn.Module:
 def _states(output: torch.Tensor | tuple) -> torch.Tensor:
     """The states that a feed-forward returns, some with router logits beside them."""
     return output[0] if isinstance(output, tuple) else output
-
-
-def _targets(ids: torch.Tensor) -> torch.Tensor:
-    """The token that follows each token of `ids` [B, S], -100 for none; flat."""
-    return F.pad(ids[:, 1:], (0, 1), value=-100).flatten()

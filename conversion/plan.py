@@ -28,10 +28,19 @@ class Plan:
     tensors: NamedTensors
     tokenizer: PreTrainedTokenizerBase | None
     mode: Mode
-    before: ParameterCounts
-    after: ParameterCounts
-    size: int
-    """Bytes of weights to be written."""
+
+    @property
+    def before(self) -> ParameterCounts:
+        return parameter_counts(self.source.equivalent)
+
+    @property
+    def after(self) -> ParameterCounts:
+        return parameter_counts(self.target.equivalent)
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights to be written."""
+        return self.checkpoint.dtype.itemsize * self.after.total
 
     @property
     def source(self) -> Source | MoHGE:
@@ -43,13 +52,13 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as text."""
-        recipe, mode = self.recipe, self.mode
+        recipe, mode, before, after = self.recipe, self.mode, self.before, self.after
         lines = {
             "source": f"{recipe.source} ({self.source.model_type}{', ' + self.revision if self.revision else ''})",
             "output": f"{recipe.output} ({self.target.model_type})",
             "mode": f"{mode.name}, {'exact' if mode.exact else 'not exact'}: {mode.reason}",
-            "total parameters": f"{self.before.total:,} -> {self.after.total:,}",
-            "activated per token": f"{self.before.activated:,} -> {self.after.activated:,}",
+            "total parameters": f"{before.total:,} -> {after.total:,}",
+            "activated per token": f"{before.activated:,} -> {after.activated:,}",
             "weights to be written": f"{self.size:,} bytes",
         }
         config = self.target.equivalent
@@ -88,9 +97,8 @@ def make_plan(recipe: Recipe) -> Plan:
     checkpoint = Checkpoint(folder)
     mode = mode_for(fields, checkpoint.dtype)
     tensors = NamedTensors(checkpoint, mode.source)
-    before, after = (parameter_counts(decoder.equivalent) for decoder in (mode.source, mode.target))
-    size = checkpoint.dtype.itemsize * after.total
-    return Plan(recipe, revision, fields, checkpoint, tensors, tokenizer, mode, before, after, size)
+    parameter_counts(mode.target.equivalent)  # says why there is no such model
+    return Plan(recipe, revision, fields, checkpoint, tensors, tokenizer, mode)
 
 
 def _check_output(output: Path):

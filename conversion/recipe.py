@@ -11,7 +11,13 @@ from mohge.model_cards.records import parse_yaml
 
 
 Mode = Literal["regroup", "trim", "copy", "residual", "split", "shards", "export"]
+Saliency = Literal["gradient", "contribution", "magnitude"]
+Budget = Literal["memory", "work"]
 Router = Literal["two_level", "top_k", "top_p", "grouped_top_k", "source"]
+
+
+STANDARD_LIBRARY = "standard-library"
+"""The text that is always there: Python's own, as in `mohge.training.data.corpus`."""
 
 
 def _option(default, text: str, with_calibration=None):
@@ -40,6 +46,17 @@ class Recipe:
     router: Router | None = _option(
         None, "router (default: two_level for a dense source, source, its own, for a mixture)"
     )
+    keep: float | int | None = _option(
+        None, "fraction of the routed experts' parameters to keep, each expert at the width that it deserves (trim)"
+    )
+    budget: Budget | None = _option(
+        None, "what `keep` is a fraction of: memory, the parameters, or work, the parameters used as routed (trim)"
+    )
+    saliency: Saliency | None = _option(
+        None, "what tells which neurons matter: gradient (default), contribution, or magnitude, without data (trim)"
+    )
+    multiple: int | None = _option(None, "what the widths that `keep` leads to are multiples of (default: 64)")
+    groups: int | None = _option(None, "most different widths in a layer that `keep` leads to (default: 3)")
     reinit: float | int | None = _option(None, "fraction of each expert's neurons to draw anew (copy)")
     pad: bool | None = _option(None, "pad every expert to the largest width (export)")
     calibration: str | None = _option(None, "text: a Hub id, a folder, or a txt, jsonl, json, csv or parquet file")
@@ -52,6 +69,13 @@ class Recipe:
     seed: int = _option(0, "seed of everything drawn at random")
     max_kl: float | int | None = _option(None, "fail above this mean KL divergence of the logits, in nats per token")
     device: str = _option("cpu", "device of the calibration and of the check")
+
+    def calibrate_with(self, data_set: str):
+        """Take this text for calibration, with every option of it that is not given at its default."""
+        self.calibration = data_set
+        for option in fields(self):
+            if option.name.startswith("calibration_") and getattr(self, option.name) is None:
+                setattr(self, option.name, option.metadata["with_calibration"])
 
     def to_yaml(self) -> str:
         """The recipe as YAML, options that are None left out."""
@@ -91,13 +115,20 @@ def load_recipe(path: str | None, **options) -> Recipe:
         if not name.startswith("calibration_"):
             continue
         if value is not None and recipe.calibration is None:
-            raise ValueError(f"`{name}` needs `calibration`: name the data set, or leave it out")
-        if value is None and recipe.calibration is not None:
-            setattr(recipe, name, option.metadata["with_calibration"])
-        elif isinstance(value, int) and value < 2:
+            raise ValueError(
+                f"`{name}` needs `calibration`: name the data set, such as {STANDARD_LIBRARY}, or leave it out"
+            )
+        if isinstance(value, int) and value < 2:
             raise ValueError(f"`{name}` is {value}: it must be at least 2 tokens")
+    if recipe.calibration is not None:
+        recipe.calibrate_with(recipe.calibration)
     if not 0 <= recipe.seed < 2**31:
         raise ValueError(f"`seed` is {recipe.seed}: it must be in 0 to 2147483647")
+    if recipe.keep is not None and not 0 < recipe.keep < 1:
+        raise ValueError(f"`keep` is {recipe.keep}: it is a fraction between 0 and 1")
+    for name in ("multiple", "groups"):
+        if getattr(recipe, name) is not None and getattr(recipe, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(recipe, name)}: it must be at least 1")
     if recipe.reinit is not None and not 0 <= recipe.reinit <= 1:
         raise ValueError(f"`reinit` is {recipe.reinit}: it is a fraction, 0 to 1")
     return recipe

@@ -5,32 +5,52 @@ Shapes: T tokens, H hidden size, D or W width of a feed-forward, E experts. A su
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mohge.backbones_mohge import FeedForward
+from mohge.blocks_mohge import MoHGEExperts
 
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 """Called for each batch with the input [T, H] of a feed-forward, after its norm, and its activations [T, D]."""
+ExpertObserver = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called for each batch and expert that tokens came to, with its id, its activations [T, W] and its combine weights
+[T]."""
 
 _SAMPLE = 8192
 """Most tokens of a sample."""
-_RIDGE = 1e-2
-"""Strength of the ridge, relative to the Gram matrix's diagonal."""
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Strengths of the ridge to choose from, relative to the Gram matrix's diagonal."""
+_CHECKED = 4
+"""One in so many tokens is held out to choose it."""
+
+
+class LayerSaliency(NamedTuple):
+    """What calibration says of the experts of a layer."""
+
+    neurons: list[torch.Tensor]
+    """For each expert [W_e] how much each of its neurons matters; empty in a layer without routed experts."""
+    tokens: torch.Tensor
+    """[E] tokens that came to each expert."""
 
 
 @contextmanager
 def observe_dense(found: FeedForward, observer: Observer) -> Iterator[None]:
-    """Let `observer` see a dense feed-forward."""
+    """Let `observer` see a dense feed-forward. With gradients, activations get theirs."""
     inputs = []  # of the feed-forward and then of its projections, the last of which is down
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
-        for module in (found.module, *(m for m in found.module.modules() if isinstance(m, nn.Linear)))
-    ]
+
+    def enter(module, arguments):
+        rows = _with_gradient(arguments[0]).flatten(0, -2)
+        inputs.append(rows)
+        return rows.view_as(arguments[0])
+
+    linear = (module for module in found.module.modules() if isinstance(module, nn.Linear))
+    hooks = [module.register_forward_pre_hook(enter) for module in (found.module, *linear)]
 
     def observe(module, args, output):
         observer(inputs[0], inputs[-1])
@@ -42,6 +62,88 @@ def observe_dense(found: FeedForward, observer: Observer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def observe_experts(found: FeedForward, observer: ExpertObserver) -> Iterator[None]:
+    """Let `observer` see the routed experts of a mixture, or the feed-forward of a dense model as its expert 0. With
+    gradients, activations get theirs."""
+    if found.experts is None:
+        with observe_dense(
+            found, lambda _, activations: observer(0, activations, activations.new_ones(len(activations)))
+        ):
+            yield
+        return
+    # In place of the method: an implementation behind transformers' interface would see one group at a time.
+    found.experts.forward = partial(_observed, found.experts, observer)
+    try:
+        yield
+    finally:
+        del found.experts.forward
+
+
+def _observed(
+    experts: nn.Module,
+    observer: ExpertObserver,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What the experts compute, one after the other."""
+    output = torch.zeros_like(hidden_states)
+    for expert in range(experts.num_experts):
+        token_idx, position = torch.where(top_k_index == expert)
+        if not len(token_idx) or (projections := _projections(experts, expert)) is None:
+            continue
+        gate_up, down = projections
+        weights = top_k_weights[token_idx, position]
+        activations = _with_gradient(experts._apply_gate(F.linear(hidden_states[token_idx], *gate_up)))
+        observer(expert, activations, weights)
+        result = F.linear(activations, *down) * weights[:, None]
+        output = output.index_add(0, token_idx, result.to(output.dtype))
+    return output
+
+
+def _projections(experts: nn.Module, expert: int) -> tuple[tuple, tuple] | None:
+    """Weight and bias of the two projections of an expert; None where nothing is left of it."""
+    if isinstance(experts, MoHGEExperts):
+        group, slot = experts.expert_groups[expert], experts.expert_slots[expert]
+        pairs = zip(experts.groups()[group], experts.biases()[group], strict=True)
+        return tuple((weight[slot], bias if bias is None else bias[slot]) for weight, bias in pairs)
+    made = []
+    for name in ("gate_up_proj", "down_proj"):
+        weight = getattr(experts, name)[expert]
+        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+        made.append((weight.T if experts.is_transposed else weight, bias))
+    return tuple(made)
+
+
+def _with_gradient(activations: torch.Tensor) -> torch.Tensor:
+    """Activations that a gradient reaches, where there are gradients: nothing before the first layer asks for it."""
+    if torch.is_grad_enabled() and not activations.requires_grad:
+        activations.requires_grad_()
+    return activations
+
+
+class Gram:
+    """
+    Sums over tokens of the outer products of rows, one part of the tokens apart to choose a ridge by.
+
+    Args:
+        width (`int`): Width W of the rows.
+        device (`str`, *optional*, defaults to `"cpu"`): Where to add up.
+    """
+
+    def __init__(self, width: int, device: str = "cpu"):
+        self.parts = [torch.zeros(width, width, device=device) for _ in range(2)]
+        """[W, W] of most tokens, and of those held out from them."""
+
+    def add(self, rows_TW: torch.Tensor):
+        """Take in a batch."""
+        for part, rows in zip(
+            self.parts, rows_TW.tensor_split([len(rows_TW) - len(rows_TW) // _CHECKED]), strict=True
+        ):
+            part.addmm_(rows.T, rows)
 
 
 class DenseStatistics:
@@ -59,8 +161,8 @@ class DenseStatistics:
         self.tokens = 0
         self.activation_D = torch.zeros(width, device=device)
         """Sum of the activations' magnitudes."""
-        self.gram_DD = torch.zeros(width, width, device=device) if gram else None
-        """Sum of the outer products of the activations."""
+        self.gram = Gram(width, device) if gram else None
+        """Of the activations."""
         self._stride = -(-tokens // _SAMPLE)
         self._inputs: list[torch.Tensor] = []
         self._positions: list[torch.Tensor] = []
@@ -68,8 +170,8 @@ class DenseStatistics:
     def __call__(self, inputs_TH: torch.Tensor, activations_TD: torch.Tensor):
         """Take in a batch."""
         self.activation_D += activations_TD.abs().sum(0)
-        if self.gram_DD is not None:
-            self.gram_DD.addmm_(activations_TD.T, activations_TD)
+        if self.gram is not None:
+            self.gram.add(activations_TD)
         positions = torch.arange(self.tokens, self.tokens + len(inputs_TH))
         sampled = positions % self._stride == 0
         self._positions.append(positions[sampled])
@@ -90,80 +192,41 @@ class ExpertStatistics:
     Sums over calibration tokens for each expert of a mixture.
 
     Args:
-        experts (`int`): Number of experts E.
-        width (`int`): Their width W.
+        widths (`list[int]`): Width W of each expert.
         device (`str`, *optional*, defaults to `"cpu"`): Where to add up.
     """
 
-    def __init__(self, experts: int, width: int, device: str = "cpu"):
-        self.tokens_E = torch.zeros(experts, device=device)
-        self.saliency_E = torch.zeros(experts, device=device)
-        """Sum of combine weight times norm of the output (REAP, https://huggingface.co/papers/2510.13999)."""
-        self.activation_EW = torch.zeros(experts, width, device=device)
-        """Sum of the activations' magnitudes."""
-        self.gram_EWW = torch.zeros(experts, width, width, device=device)
-        """Sum of the outer products of the activations, scaled by the combine weight."""
+    def __init__(self, widths: list[int], device: str = "cpu"):
+        self.grams = [Gram(width, device) for width in widths]
+        """Of the activations, scaled by the combine weights."""
 
-    def add(self, expert: int, activations_TW: torch.Tensor, output_TH: torch.Tensor, weights_T: torch.Tensor):
-        """Take in the tokens of one expert; `output_TH` is already scaled by `weights_T`."""
-        self.tokens_E[expert] += len(weights_T)
-        self.saliency_E[expert] += output_TH.norm(dim=-1).sum()
-        self.activation_EW[expert] += activations_TW.abs().sum(0)
-        scaled_TW = activations_TW * weights_T[:, None]
-        self.gram_EWW[expert].addmm_(scaled_TW.T, scaled_TW)
-
-
-@contextmanager
-def observe_experts(found: FeedForward, statistics: ExpertStatistics) -> Iterator[None]:
-    """Let `statistics` see the routed experts of a mixture, of transformers' own class."""
-
-    def linear(self, x, name, expert):
-        weight = getattr(self, name)[expert]
-        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        return F.linear(x, weight.T if self.is_transposed else weight, bias)
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token_idx, position = torch.where(top_k_index == expert)
-            weights = top_k_weights[token_idx, position]
-            activations = self._apply_gate(linear(self, hidden_states[token_idx], "gate_up_proj", expert))
-            result = linear(self, activations, "down_proj", expert) * weights[:, None]
-            statistics.add(expert, activations, result, weights)
-            output.index_add_(0, token_idx, result)
-        return output
-
-    config, name = found.experts.config, "mohge_statistics"
-    before = config._experts_implementation
-    ALL_EXPERTS_FUNCTIONS[name] = forward
-    config._experts_implementation = name
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
-        del ALL_EXPERTS_FUNCTIONS[name]
+    def __call__(self, expert: int, activations_TW: torch.Tensor, weights_T: torch.Tensor):
+        """Take in the tokens of one expert."""
+        self.grams[expert].add(activations_TW * weights_T[:, None])
 
 
 def important_neurons(activation_W: torch.Tensor, down_HW: torch.Tensor, count: int) -> torch.Tensor:
-    """
-    Indices, ascending, of the `count` neurons whose activation magnitude times norm of their column of the down
-    projection is largest. Where nothing was activated, the columns alone decide.
-    """
+    """Indices, ascending, of the `count` neurons whose activation magnitude times norm of their column of the down
+    projection is largest. Where nothing was activated, the columns alone decide."""
     norms_W = down_HW.float().norm(dim=0)
-    importance_W = activation_W * norms_W if activation_W.any() else norms_W
-    return importance_W.topk(count).indices.sort().values
+    return largest(activation_W * norms_W if activation_W.any() else norms_W, count)
 
 
-def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram_WW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices, ascending, of the `count` largest."""
+    return values.topk(count).indices.sort().values
+
+
+def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram: Gram) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The down projection of an expert that keeps only some neurons, by ridge regression of the full expert's output on
-    the kept activations. The ridge pulls towards the columns as they were, so that without tokens nothing changes,
-    and with any the calibration error cannot rise.
+    the kept activations. The ridge pulls towards the columns as they were, so that without tokens nothing changes; of
+    several strengths, and no refit at all, the one is taken that does best on the tokens that were held out.
 
     Args:
         down_HW (`torch.Tensor`): Down projection of the full expert.
         kept (`torch.Tensor`): Indices of the neurons it keeps.
-        gram_WW (`torch.Tensor`): Sum over tokens of the outer products of the full expert's activations.
+        gram ([`Gram`]): Of the full expert's activations.
 
     Returns:
         The new columns, [H, kept], and three sums of squares over tokens: of the full output, and of its error
@@ -173,14 +236,27 @@ def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram_WW: torch.Tensor) -> t
     dropped = torch.ones(down_HW.shape[1], dtype=torch.bool)
     dropped[kept] = False
     order = torch.cat([kept, dropped.nonzero().flatten()])
-    gram_WW, lost_HW = gram_WW[order[:, None], order], down_HW[:, dropped]
+    fitted_WW, checked_WW = (part.cpu()[order[:, None], order] for part in gram.parts)
+    gram_WW, lost_HW = fitted_WW + checked_WW, down_HW[:, dropped]
     # New columns = old columns + correction, and the correction alone solves a ridge regression towards zero.
-    correction_HW = ridge(gram_WW[:count, :count], gram_WW[:count, count:] @ lost_HW.T).T
-    whole, without = square(down_HW[:, order], gram_WW), square(lost_HW, gram_WW[count:, count:])
-    refitted = square(torch.cat([-correction_HW, lost_HW], dim=1), gram_WW)
-    if refitted > without:  # rounding, where there is nothing to gain
+
+    def correction(gram_WW: torch.Tensor, strength: float) -> torch.Tensor:
+        return ridge(gram_WW[:count, :count], gram_WW[:count, count:] @ lost_HW.T, strength).T
+
+    def error(gram_WW: torch.Tensor, correction_HW: torch.Tensor) -> torch.Tensor:
+        return square(torch.cat([-correction_HW, lost_HW], dim=1), gram_WW)
+
+    whole, nothing = square(down_HW[:, order], gram_WW), torch.zeros(len(down_HW), count)
+    without = error(gram_WW, nothing)
+    if not count or not lost_HW.any():
         return down_HW[:, kept], torch.stack([whole, without, without])
-    return down_HW[:, kept] + correction_HW, torch.stack([whole, without, refitted])
+    errors = {strength: error(checked_WW, correction(fitted_WW, strength)) for strength in RIDGES}
+    strength = min(errors, key=errors.get)
+    best_HW = correction(gram_WW, strength)
+    refitted = error(gram_WW, best_HW)
+    if errors[strength] >= error(checked_WW, nothing) or refitted > without:
+        return down_HW[:, kept], torch.stack([whole, without, without])
+    return down_HW[:, kept] + best_HW, torch.stack([whole, without, refitted])
 
 
 def square(matrix_HW: torch.Tensor, gram_WW: torch.Tensor) -> torch.Tensor:
@@ -188,14 +264,14 @@ def square(matrix_HW: torch.Tensor, gram_WW: torch.Tensor) -> torch.Tensor:
     return ((matrix_HW @ gram_WW) * matrix_HW).sum(dtype=torch.float64).clamp(min=0)
 
 
-def ridge(gram: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """Solve (gram + ridge) x = moments, with a ridge on the diagonal."""
+def ridge(gram: torch.Tensor, moments: torch.Tensor, strength: float = RIDGES[0]) -> torch.Tensor:
+    """Solve (gram + ridge) x = moments, with a ridge of this strength, relative to the diagonal."""
     damped = gram.clone()
     diagonal = damped.diagonal()
     if not diagonal.isfinite().all():
         raise ValueError("the source computes values that are not finite on the calibration tokens: check its weights")
     # For each input its own: a few neurons are far more active than others, and would drown them.
-    diagonal.mul_(1 + _RIDGE).add_(1e-6 * diagonal.mean() if diagonal.any() else 1.0)
+    diagonal.mul_(1 + strength).add_(1e-6 * diagonal.mean() if diagonal.any() else 1.0)
     torch.linalg.cholesky(damped, out=damped)
     return torch.cholesky_solve(moments, damped)
 

@@ -22,13 +22,19 @@ class Stream:
     def _path(self, layer: int, batch: int) -> Path:
         return self.folder / f"{self.kind}-{layer}-{batch}.pt"
 
+    def has(self, layer: int, batch: int) -> bool:
+        """Whether something was saved, all of it."""
+        return self._path(layer, batch).exists()
+
     def load(self, layer: int, batch: int) -> Any:
         """What was saved."""
         return torch.load(self._path(layer, batch), weights_only=True)
 
     def save(self, layer: int, batch: int, value: Any):
         """Keep `value`, tensors in tuples and dicts, for `layer`."""
-        torch.save(send_to_device(value, "cpu"), self._path(layer, batch))
+        draft = self._path(layer, batch).with_suffix(".tmp")
+        torch.save(send_to_device(value, "cpu"), draft)
+        draft.replace(self._path(layer, batch))
 
     def drop(self, layer: int):
         """Remove what was saved for `layer`."""

@@ -13,7 +13,8 @@ from mohge import MoHGEConfig
 from mohge.backbones_mohge import FeedForward
 
 from ..decoders import Expert, LayerWeights, MoHGE, Source
-from ..recipe import Recipe
+from ..recipe import STANDARD_LIBRARY, Recipe
+from ..statistics import LayerSaliency
 
 
 Run = Callable[[Callable[[FeedForward], AbstractContextManager]], None]
@@ -58,7 +59,7 @@ class Mode(ABC):
     """
 
     name: str
-    takes: str
+    takes: tuple[str, ...]
     """What it converts: "dense", "mixture" or "mohge"."""
     options: frozenset[str] = frozenset()
     """The options that it knows, beside those that every mode knows."""
@@ -68,11 +69,12 @@ class Mode(ABC):
     def __init__(self, recipe: Recipe, source: Source | MoHGE):
         self.recipe, self.source = recipe, source
         kind = "mohge" if isinstance(source, MoHGE) else "dense" if source.experts is None else "mixture"
-        if kind != self.takes:
-            fits = ", ".join(sorted(n for n, mode in MODES.items() if mode.takes == kind))
+        if kind not in self.takes:
+            fits = ", ".join(sorted(n for n, mode in MODES.items() if kind in mode.takes))
+            taken = " or a ".join(_KINDS[kind] for kind in self.takes)
             raise ValueError(
-                f"`mode` {self.name} takes a {_KINDS[self.takes]}, and this {source.model_type} checkpoint is a "
-                f"{_KINDS[kind]}: use {fits}"
+                f"`mode` {self.name} takes a {taken}, and this {source.model_type} checkpoint is a {_KINDS[kind]}: "
+                f"use {fits}"
             )
         every_option = frozenset().union(*(mode.options for mode in MODES.values()))
         for option in sorted(every_option - self.options):
@@ -88,7 +90,7 @@ class Mode(ABC):
                 message = message.replace(f"`{field}`", f"`{option}`").replace(f"{field}=", f"{option}=")
             raise ValueError(message) from error
         if self.needs_calibration and recipe.calibration is None:
-            raise ValueError(f"mode {self.name} needs `calibration` {self.needs_calibration}: name a data set")
+            recipe.calibrate_with(STANDARD_LIBRARY)
 
     @property
     def exact(self) -> bool:
@@ -101,9 +103,18 @@ class Mode(ABC):
         """Why it is exact or not."""
 
     @property
-    def needs_calibration(self) -> str:
-        """What calibration is needed for; empty if it is not."""
-        return ""
+    def needs_calibration(self) -> bool:
+        """Whether it takes a text; where none is given, one that is always there."""
+        return False
+
+    @property
+    def criterion(self) -> str | None:
+        """What tells which neurons matter, see [`Survey`]; None for modes that do not ask before they begin."""
+        return None
+
+    def settle(self, layers: list[LayerSaliency]) -> None:
+        """Decide what depends on the survey, such as `target`."""
+        return None
 
     @property
     def observes(self) -> bool:

@@ -24,7 +24,7 @@ class Copy(Mode):
     https://huggingface.co/papers/2502.19261)."""
 
     name = "copy"
-    takes = "dense"
+    takes = ("dense",)
     options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "router", "reinit"})
     refits = True
 
@@ -44,8 +44,8 @@ class Copy(Mode):
         return "neurons are drawn anew" if self.recipe.reinit else "experts are narrower than the feed-forward"
 
     @property
-    def needs_calibration(self) -> str:
-        return "to choose the neurons of experts that are narrower than the feed-forward" if self.narrows else ""
+    def needs_calibration(self) -> bool:
+        return self.narrows
 
     @property
     def needs_difficulty(self) -> bool:
@@ -86,7 +86,7 @@ class Copy(Mode):
             kept = important_neurons(statistics.activation_D.cpu(), full.down, width)
             if not self.refits:
                 return slice_neurons(full, kept)
-            down, sums = refit(full.down, kept, statistics.gram_DD.cpu())
+            down, sums = refit(full.down, kept, statistics.gram)
             squares.append(sums)
             return slice_neurons(full, kept)._replace(down=down)
 
@@ -171,7 +171,7 @@ class Shards(Mode):
     at weight 1 / G; the down projection alone makes up for that."""
 
     name = "shards"
-    takes = "dense"
+    takes = ("dense",)
     options = frozenset({"widths", "experts_per_group"})
     reason = "a token takes one copy of every shard, and the down projection makes up for the combine weights"
 

@@ -18,7 +18,7 @@ class Export(Mode):
     width: idle neurons add nothing."""
 
     name = "export"
-    takes = "mohge"
+    takes = ("mohge",)
     options = frozenset({"pad"})
 
     @property

@@ -91,11 +91,11 @@ class Split(Mode):
     """
 
     name = "split"
-    takes = "dense"
+    takes = ("dense",)
     options = frozenset({"widths", "experts_per_group", "top_k", "top_groups"})
     exact = False
     reason = "a token passes through the shared expert and some of the routed ones only"
-    needs_calibration = "to tell which neurons are active together"
+    needs_calibration = True
 
     def make_target(self) -> MoHGE:
         widths, width = self.required("widths"), self.source.width

@@ -5,10 +5,10 @@ from dataclasses import fields
 from typing import get_args
 
 from mohge.conversion.listing import list_decoders
-from mohge.conversion.pipeline import convert
+from mohge.conversion.pipeline import convert, settle
 from mohge.conversion.plan import make_plan
 from mohge.conversion.receipt import summary
-from mohge.conversion.recipe import Mode, Recipe, Router, load_recipe
+from mohge.conversion.recipe import Budget, Mode, Recipe, Router, Saliency, load_recipe
 
 
 def numbers(text: str) -> list[int]:
@@ -26,6 +26,9 @@ _TYPES = {
     "experts_per_group": number_or_numbers,
     "top_k": int,
     "top_groups": int,
+    "keep": float,
+    "multiple": int,
+    "groups": int,
     "reinit": float,
     "calibration_tokens": int,
     "calibration_length": int,
@@ -33,7 +36,10 @@ _TYPES = {
     "max_kl": float,
 }
 """How an option's text becomes its value, where it is not the text itself."""
-_CHOICES = {"mode": get_args(Mode), "router": get_args(Router)}
+_CHOICES = {
+    name: get_args(choices)
+    for name, choices in {"mode": Mode, "router": Router, "saliency": Saliency, "budget": Budget}.items()
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -77,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     given = {option.name: getattr(options, option.name) for option in fields(Recipe)}
     plan = make_plan(load_recipe(options.recipe, **given))
     if options.dry_run:
+        settle(plan, progress=True)
         print(plan.describe())
         return 0
     report = convert(plan, progress=True)

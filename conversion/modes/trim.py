@@ -1,0 +1,205 @@
+"""Mixtures whose experts become narrower, each to the width that it deserves."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from mohge import MoHGEConfig
+
+from ..allocation import Choices, allocate, lost_saliency, widths_to_choose
+from ..decoders import Expert, LayerWeights, MoHGE
+from ..statistics import ExpertStatistics, LayerSaliency, largest, observe_experts, refit
+from .base import Converted, Layer, Mode, Run, slice_neurons, widen
+from .mixtures import routing_fields
+
+
+_DEFAULTS = {"saliency": "gradient", "budget": "memory", "multiple": 64, "groups": 3}
+_WITH_WIDTHS = {"widths", "experts_per_group", "saliency"}
+_WITH_KEEP = {"keep", *_DEFAULTS}
+_OF_THE_ROUTER = {"router", "top_k", "top_groups"}
+
+
+class Trim(Mode):
+    """
+    Experts keep their most salient neurons, and their down projections are refitted. With `keep`, neurons of all
+    experts and layers compete under one budget, and widths are what falls out, snapped to a few in each layer; with
+    `widths`, the experts that matter most get the large ones.
+
+    Where groups are part of how a model routes, all experts of a group stay together and share a width.
+    """
+
+    name = "trim"
+    takes = ("mixture", "mohge")
+    options = frozenset(_WITH_WIDTHS | _WITH_KEEP | _OF_THE_ROUTER)
+    exact = False
+    reason = "experts lose neurons"
+
+    def make_target(self) -> MoHGE:
+        recipe = self.recipe
+        if (recipe.keep is None) == (recipe.widths is None):
+            raise ValueError("mode trim needs `keep`, a fraction, or else `widths`: give one of the two")
+        refused, why = _WITH_WIDTHS - _WITH_KEEP, "does not go with `keep`"
+        if recipe.keep is None:
+            refused, why = _WITH_KEEP - _WITH_WIDTHS, "goes with `keep`"
+        if isinstance(self.source, MoHGE):
+            if recipe.widths is not None:
+                raise ValueError("`widths` are for a source whose experts have one width: use `keep`")
+            refused, why = refused | _OF_THE_ROUTER, "does not apply to a MoHGE model, whose router stays"
+        for option in sorted(refused):
+            if getattr(recipe, option) is not None:
+                raise ValueError(f"`{option}` {why}: leave it out")
+        for option, default in _DEFAULTS.items():
+            if option not in refused and getattr(recipe, option) is None:
+                setattr(recipe, option, default)
+        if recipe.keep is not None:  # until the survey says more
+            return MoHGE(self.source.equivalent)
+        counts = self.expert_counts(self.source.experts.count, len(recipe.widths))
+        return self._regrouped({"moe_intermediate_sizes": recipe.widths, "num_experts_per_group": counts}, {})
+
+    def _regrouped(self, shape: dict, per_layer: dict[int, dict]) -> MoHGE:
+        """The result, whose layers have this shape but where `per_layer` has another."""
+        fields = shape | ({"per_layer_config": per_layer} if per_layer else {})
+        if isinstance(self.source, MoHGE):
+            return MoHGE(MoHGEConfig.from_dict({**self.source.config.to_dict(), "per_layer_config": None, **fields}))
+        fields = routing_fields(self.source, self.recipe.router, len(shape["moe_intermediate_sizes"])) | fields
+        for option, field in (("top_k", "num_experts_per_tok"), ("top_groups", "num_groups_per_tok")):
+            value = getattr(self.recipe, option)
+            if value is not None and fields["router_type"] == "source":
+                raise ValueError(f"`{option}` is the source's own where its router stays: leave it out")
+            if value is not None:
+                fields[field] = value
+        return self.mohge(**fields)
+
+    @property
+    def criterion(self) -> str:
+        return self.recipe.saliency
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.recipe.saliency != "magnitude" or self.recipe.budget == "work"
+
+    @property
+    def observes(self) -> bool:
+        return self.recipe.calibration is not None
+
+    def settle(self, layers: list[LayerSaliency]) -> None:
+        self.saliency = layers
+        sparse = [number for number, layer in enumerate(layers) if layer.neurons]
+        self.group_of = {}
+        """For each sparse layer, [E] the group in the result of each expert of the source."""
+        if self.recipe.keep is None:
+            config = self.target.config
+            for number in sparse:
+                ranked = np.argsort([neurons.sum().item() for neurons in layers[number].neurons], kind="stable")
+                self.group_of[number] = np.empty(len(ranked), dtype=int)
+                self.group_of[number][ranked] = np.repeat(range(config.num_groups), config.expert_counts)
+            return
+        choices = {number: self._choices(number, layers[number]) for number in sparse}
+        budget = self.recipe.keep * sum(choice.cost[:, -1].sum() for choice in choices.values())
+        chosen = dict(zip(sparse, allocate(list(choices.values()), budget, self.recipe.groups), strict=True))
+        lost = sum(choices[number].lost[range(len(chosen[number])), chosen[number]].sum() for number in sparse)
+        whole = sum(neurons.sum().item() for layer in layers for neurons in layer.neurons)
+        self.lost = lost / whole if whole else 0.0
+        """Share of the saliency that goes."""
+        shapes = {}
+        for number in sparse:
+            widths = np.array(choices[number].widths)[chosen[number]]
+            shapes[number], self.group_of[number] = self._shape(number, widths)
+        first = shapes[sparse[0]]
+        self.target = self._regrouped(first, {number: shape for number, shape in shapes.items() if shape != first})
+
+    def _units(self, number: int) -> list[list[int]]:
+        """The experts that must share a width."""
+        if isinstance(self.source, MoHGE):
+            config = self.source.config.per_layer_config[number]
+            keeps_all = config.num_groups_per_tok == config.num_groups
+            flat = config.group_score_function == "expert_logsumexp" and keeps_all
+            if config.router_type == "grouped_top_k" or (config.router_type == "two_level" and not flat):
+                groups = np.array(config.expert_groups)
+                return [np.flatnonzero(groups == group).tolist() for group in range(config.num_groups)]
+        return [[expert] for expert in range(len(self.source.expert_widths(number)))]
+
+    def _choices(self, number: int, layer: LayerSaliency) -> Choices:
+        widths = self.source.expert_widths(number)
+        chosen = widths_to_choose(max(widths), self.recipe.multiple)
+        if self.source.equivalent.keeps_router and self.source.feed_forwards[number].experts.has_bias:
+            chosen = chosen[1:]  # an expert without neurons would lose its bias too
+        prices = np.ones(len(widths))
+        if self.recipe.budget == "work":
+            prices = layer.tokens.numpy() / layer.tokens.sum().clamp(min=1).item()
+        lost = np.stack([lost_saliency(neurons.numpy(), chosen) for neurons in layer.neurons])
+        cost = np.minimum.outer(np.array(widths), chosen) * prices[:, None]
+        units = self._units(number)
+        return Choices(chosen, *(np.stack([table[unit].sum(0) for unit in units]) for table in (lost, cost)))
+
+    def _shape(self, number: int, widths: np.ndarray) -> tuple[dict, np.ndarray]:
+        """Fields of a layer whose units have these widths, and the group of each expert."""
+        units = self._units(number)
+        together = max(map(len, units)) > 1
+        if together:  # groups stay, in the order of their new widths
+            order = np.argsort(widths, kind="stable")
+            group_of_unit = np.argsort(order, kind="stable")
+            distinct, counts = widths[order], [len(units[unit]) for unit in order]
+        else:
+            distinct, group_of_unit, counts = np.unique(widths, return_inverse=True, return_counts=True)
+        group_of = np.empty(sum(map(len, units)), dtype=int)
+        for unit, group in zip(units, group_of_unit, strict=True):
+            group_of[unit] = group
+        shape = {"moe_intermediate_sizes": list(map(int, distinct)), "num_experts_per_group": list(map(int, counts))}
+        if isinstance(self.source, MoHGE):
+            config = self.source.config.per_layer_config[number]
+            shape["num_experts_per_tok"] = config.num_experts_per_tok
+            shape["num_groups_per_tok"] = config.num_groups_per_tok if together else len(distinct)
+        elif self.recipe.router == "two_level":
+            shape["num_groups_per_tok"] = len(distinct)
+        return shape, group_of
+
+    def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> ExpertStatistics | None:
+        if not self.observes:
+            return None
+        statistics = ExpertStatistics(self.source.expert_widths(layer.number), layer.device)
+        run(lambda found: observe_experts(found, statistics))
+        return statistics
+
+    def convert(self, layer: Layer, weights: LayerWeights, statistics: ExpertStatistics | None) -> Converted:
+        config = self.target.config.per_layer_config[layer.number]
+        origins = list(self._origins(config, self.group_of[layer.number]))
+        saliency, squares = self.saliency[layer.number].neurons, []
+
+        def expert(number: int) -> Expert:
+            origin, width = origins[number], config.expert_widths[number]
+            full = weights.expert(origin)
+            narrow = width < full.gate.shape[0]
+            kept = largest(saliency[origin], width) if narrow else torch.arange(full.gate.shape[0])
+            made = slice_neurons(full, kept)
+            if statistics is not None:
+                down, sums = refit(full.down, kept, statistics.grams[origin])
+                squares.append(sums)
+                made = made._replace(down=down)
+            return made if narrow else widen(full, width, layer.generator, config.initializer_range)
+
+        tensors = self._routed(layer, dict(weights.tensors), origins)
+        return Converted(LayerWeights(tensors, expert), squares if statistics is not None else None)
+
+    def _routed(self, layer: Layer, tensors: dict[str, torch.Tensor], origins: list[int]) -> dict[str, torch.Tensor]:
+        """The tensors beside the experts, where id `n` is now what `origins[n]` was."""
+        if self.target.config.keeps_router:
+            name = f"{layer.block}experts.expert_ids"
+            before = tensors.get(name, torch.arange(len(origins)))
+            return {**tensors, name: torch.tensor(origins).argsort()[before]}
+        group_of = self.group_of[layer.number]
+        for name, tensor in tensors.items():
+            if name == f"{layer.block}gate.group_weight":
+                groups = [group_of[unit[0]] for unit in self._units(layer.number)]
+                tensors[name] = tensor[np.argsort(groups, kind="stable")]
+            elif name.startswith(f"{layer.block}gate."):  # one entry for each expert, some with another at the end
+                tensors[name] = tensor[[*origins, *range(len(origins), len(tensor))]]
+        return tensors
+
+    @staticmethod
+    def _origins(config: MoHGEConfig, group_of: np.ndarray) -> Iterator[int]:
+        """The source's expert that each id of the result comes from; inside a group they keep their order."""
+        members = [iter(np.flatnonzero(group_of == group).tolist()) for group in range(config.num_groups)]
+        for group in config.expert_groups:
+            yield next(members[group])

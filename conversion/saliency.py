@@ -1,0 +1,199 @@
+"""
+How much each neuron of a model's experts matters.
+
+Calibration tokens pass once through all layers and, for the gradient, once back, one layer after the other: states and
+gradients between layers are on the disk, a layer is computed anew on the way back, and memory holds no more of the
+model than a conversion does.
+
+Shapes: T tokens, H hidden size, E experts, W_e width of expert e. The feed-forward of a dense model is one expert.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_flatten, tree_map
+from tqdm.auto import tqdm
+
+from .decoders import Expert, Passed
+from .plan import Plan
+from .statistics import LayerSaliency, observe_experts
+from .streams import Stream
+
+
+class _Sums:
+    """Adds up over batches what [`LayerSaliency`] holds."""
+
+    def __init__(self, widths: list[int], device: str):
+        self.neurons = [torch.zeros(width, device=device) for width in widths]
+        self.tokens = torch.zeros(len(widths), device=device)
+
+    def contribution(self, expert: int, activations: torch.Tensor, weights: torch.Tensor):
+        """Take in the sum over tokens of combine weight times magnitude."""
+        self.tokens[expert] += len(weights)
+        self.neurons[expert] += weights @ activations.abs()
+
+    def gradient(self, expert: int, activations: torch.Tensor, weights: torch.Tensor):
+        """Take in the sum over tokens of (a dL/da)^2, when the gradient comes."""
+        self.tokens[expert] += len(weights)
+        held = activations.detach()
+
+        def take(gradient: torch.Tensor):
+            self.neurons[expert] += (held * gradient).square().sum(0)
+
+        activations.register_hook(take)
+
+
+class Survey:
+    """
+    Measures the saliency of all neurons of a model, or goes on with what an interrupted run has measured.
+
+    Args:
+        plan ([`Plan`]): The conversion; what lies outside of the source's layers is loaded.
+        batches (`list[torch.Tensor]`): Calibration tokens, [b, S] each, where to compute.
+        folder (`Path`): Where to keep states and results.
+        progress (`bool`): Whether to show progress bars.
+    """
+
+    def __init__(self, plan: Plan, batches: list[torch.Tensor], folder: Path, progress: bool):
+        self.source, self.tensors, self.device = plan.source, plan.tensors, plan.recipe.device
+        self.batches, self.folder, self.progress = batches, folder, progress
+        self.states, self.gradients = Stream(folder, "survey"), Stream(folder, "gradient")
+
+    def measure(self, criterion: str) -> list[LayerSaliency]:
+        """
+        The saliency of each layer's neurons.
+
+        Args:
+            criterion (`str`):
+                - `"gradient"`: sum over tokens of `(a dL/da)^2`, `a` the activation before the down projection and `L`
+                  the loss of the next token. To second order, with the empirical Fisher matrix for the Hessian, twice
+                  what the loss rises by if the neuron goes (Optimal Brain Damage, LeCun et al. 1989; for experts as in
+                  https://huggingface.co/papers/2509.22299).
+                - `"contribution"`: sum over tokens of combine weight times magnitude of the activation, times norm of
+                  the neuron's column of the down projection.
+                - `"magnitude"`: product of the norms of the neuron's rows and of its column, without tokens.
+        """
+        if criterion == "gradient":
+            self._forward(None)
+            self._loss()
+            self._backward()
+        elif criterion == "contribution":
+            self._forward(_Sums.contribution)
+        layers = []
+        for number in self._bar(range(self.source.num_layers), "weights of neurons" * (criterion != "gradient")):
+            layers.append(self._finish(number, criterion))
+        return layers
+
+    def _bar(self, numbers: range, text: str) -> Iterator[int]:
+        return tqdm(numbers, text, disable=not self.progress or not text)
+
+    def _finish(self, number: int, criterion: str) -> LayerSaliency:
+        path = self._path(number)
+        measured = load_file(path) if path.exists() else {}
+        tokens = measured.pop("tokens", torch.empty(0))
+        neurons = [measured[str(expert)] for expert in range(len(measured))]
+        if criterion == "gradient":
+            return LayerSaliency(neurons, tokens)
+        weights = self.source.read_layer(number, self.tensors.layer(number))
+        norms = [_norms(weights.expert(expert), criterion) for expert in range(len(self.source.expert_widths(number)))]
+        if criterion == "magnitude":
+            return LayerSaliency(norms, torch.ones(len(norms)))
+        return LayerSaliency([sums * norm for sums, norm in zip(neurons, norms, strict=True)], tokens)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"saliency-{number}.safetensors"
+
+    def _run(self, number: int, batch: int, before: Passed | None) -> Passed:
+        return self.source.run(number, self.batches[batch], before)
+
+    def _forward(self, take: Callable | None):
+        """Run all layers; the states between them stay where they are needed on the way back."""
+        last = len(self.batches) - 1
+        for number in self._bar(range(self.source.num_layers), "calibration, forward"):
+            if self.states.has(number + 1, last) or self._path(number).exists():
+                continue
+            with self._layer(number, take):
+                for batch in range(len(self.batches)):
+                    before = Passed(*self.states.load(number, batch)) if number else None
+                    self.states.save(number + 1, batch, tuple(self._run(number, batch, before)))
+            if take is not None:
+                self.states.drop(number)
+
+    @contextmanager
+    def _layer(self, number: int, take: Callable | None) -> Iterator[None]:
+        """A layer with its weights; what `take` adds up of its experts is kept at the end."""
+        with self.source.layer(number, self.tensors.layer(number), self.device) as found:
+            widths = self.source.expert_widths(number)
+            sums = _Sums(widths, self.device)
+            with observe_experts(found, partial(take, sums)) if take is not None and widths else nullcontext():
+                yield
+        if take is not None:
+            entries = {str(expert): neurons.cpu() for expert, neurons in enumerate(sums.neurons)}
+            draft = self._path(number).with_suffix(".tmp")
+            save_file(entries | {"tokens": sums.tokens.cpu()}, draft)
+            draft.replace(self._path(number))
+
+    def _loss(self):
+        """The gradient of the loss with respect to what the last layer returns."""
+        last = self.source.num_layers
+        for batch, ids in enumerate(self.batches):
+            if self.gradients.has(last, batch) or self._path(last - 1).exists():
+                continue
+            passed, leaves = _leaves(Passed(*self.states.load(last, batch)), self.device)
+            with torch.enable_grad():
+                for targets, logits in self.source.logits_in_steps(ids, passed):
+                    F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100).backward()
+            self.gradients.save(last, batch, [_gradient(leaf) for leaf in leaves])
+
+    def _backward(self):
+        numbers = range(self.source.num_layers - 1, -1, -1)
+        for number in self._bar(numbers, "calibration, backward"):
+            if self._path(number).exists():
+                continue
+            with self._layer(number, _Sums.gradient):
+                for batch in range(len(self.batches)):
+                    before, leaves = None, []
+                    if number:
+                        before, leaves = _leaves(Passed(*self.states.load(number, batch)), self.device)
+                    with torch.enable_grad():
+                        outputs = _floats(self._run(number, batch, before))
+                    pairs = zip(outputs, self.gradients.load(number + 1, batch), strict=True)
+                    reached = [(output, grad.to(output)) for output, grad in pairs if output.requires_grad]
+                    if reached:
+                        torch.autograd.backward(*map(list, zip(*reached, strict=True)))
+                    self.gradients.save(number, batch, [_gradient(leaf) for leaf in leaves])
+            self.gradients.drop(number + 1)
+            self.states.drop(number + 1)
+
+
+def _floats(passed: Passed) -> list[torch.Tensor]:
+    leaves = tree_flatten(tuple(passed))[0]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+
+def _leaves(passed: Passed, device: str) -> tuple[Passed, list[torch.Tensor]]:
+    """The same, with gradients to be taken, and the tensors that take them."""
+
+    def leaf(value):
+        return value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    passed = Passed(*tree_map(leaf, tuple(send_to_device(passed, device))))
+    return passed, _floats(passed)
+
+
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _norms(expert: Expert, criterion: str) -> torch.Tensor:
+    """[W] norm of each neuron's column of the down projection, or the product of the norms of all that it has."""
+    norms = expert.down.float().norm(dim=0)
+    if criterion == "magnitude":
+        norms = norms * expert.gate.float().norm(dim=1) * expert.up.float().norm(dim=1)
+    return norms
