@@ -106,8 +106,8 @@ class MoHGEExperts(nn.Module):
         self.num_experts = layer_config.num_experts
         self.kept_groups = layer_config.kept_groups
         self.expert_groups, self.expert_slots = layer_config.expert_groups, layer_config.expert_slots
-        # Not even tensors without elements for the others: file formats, optimizers, sharding, quantisation and adapters
-        # each have their own way with those.
+        # Not even tensors without elements for the others: file formats, optimizers, sharding, quantisation and
+        # adapters each have their own way with those.
         for group in self.kept_groups:
             count, width = layer_config.expert_counts[group], layer_config.moe_intermediate_sizes[group]
             gate_up = nn.Parameter(torch.empty(count, 2 * width, config.hidden_size))
@@ -127,7 +127,7 @@ class MoHGEExperts(nn.Module):
 
     @property
     def key_to_skip(self) -> int:
-        """Sort key, behind all others, of what is not to be computed: slots without an expert or with a removed one."""
+        """Sort key, behind all others, of what is not computed: slots without an expert, or with a removed one."""
         return len(self.kept_groups) * self.keys_per_group
 
     @torch.no_grad()

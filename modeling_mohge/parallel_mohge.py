@@ -130,9 +130,7 @@ class HeterogeneousAllToAllEP(AllToAllEP):
         self, hidden_states_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
-        removed = F.pad(
-            self.experts.key_of_expert == self.experts.key_to_skip, (0, 1)
-        )  # empty slots are empty already
+        removed = F.pad(self.experts.key_of_expert == self.experts.key_to_skip, (0, 1))  # at last: of empty slots
         index = index_TK.masked_fill(removed[index_TK], ranks * self.num_local_experts).flatten()
         order = torch.argsort(index)
         send_counts = torch.zeros(ranks * self.num_local_experts + 1, dtype=torch.int64, device=index.device)

@@ -119,7 +119,8 @@ def allocation_costs(
         holds = (shares > 0).double()
         parameters = torch.tensor([layer.expert_parameters(w) for w in layer.expert_widths], dtype=torch.float64)
         held.append(holds @ parameters)
-        choices = devices * shares * load  # [R, E] that a device computes, per token that it brings
+        # [R, E] that a device computes, per token that it brings: nothing is sent to removed experts.
+        choices = devices * shares * load * (parameters > 0)
         flops.append(choices @ (2 * parameters))
         sending = 1 - holds.sum(0) / devices  # a device that has a copy uses it
         exchanged.append(4 * config.hidden_size * element * (choices @ sending))
