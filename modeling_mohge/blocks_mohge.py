@@ -90,7 +90,7 @@ class MoHGEMLP(nn.Module):
 class MoHGEExperts(nn.Module):
     """
     The routed experts of a layer, one stack of weights for each group g and projection: `gate_up_proj_{g}`
-    `[N_g, 2 W_g, H]` and `down_proj_{g}` `[N_g, H, W_g]`.
+    `[N_g, 2 W_g, H]` and `down_proj_{g}` `[N_g, H, W_g]`. Groups of width 0 have none.
 
     Args:
         config ([`MoHGEConfig`]): Config of the model, which names the experts implementation.
@@ -104,11 +104,12 @@ class MoHGEExperts(nn.Module):
     def __init__(self, config: MoHGEConfig, layer_config: MoHGEConfig, act_fn: nn.Module):
         super().__init__()
         self.num_experts = layer_config.num_experts
-        self.num_groups = layer_config.num_groups
+        self.kept_groups = layer_config.kept_groups
         self.expert_groups, self.expert_slots = layer_config.expert_groups, layer_config.expert_slots
-        for group, (count, width) in enumerate(
-            zip(layer_config.expert_counts, layer_config.moe_intermediate_sizes, strict=True)
-        ):
+        # Not even tensors without elements for the others: file formats, optimizers, sharding, quantisation and
+        # adapters each have their own way with those.
+        for group in self.kept_groups:
+            count, width = layer_config.expert_counts[group], layer_config.moe_intermediate_sizes[group]
             gate_up = nn.Parameter(torch.empty(count, 2 * width, config.hidden_size))
             down = nn.Parameter(torch.empty(count, config.hidden_size, width))
             self.register_parameter(f"gate_up_proj_{group}", gate_up)
@@ -121,7 +122,13 @@ class MoHGEExperts(nn.Module):
         self.meanwhile: Callable | None = None  # what expert parallelism runs while tokens travel
 
     def _key_table(self) -> torch.Tensor:
-        return torch.tensor(self.expert_groups) * self.keys_per_group + torch.tensor(self.expert_slots)
+        kept = torch.tensor(self.expert_groups) - self.kept_groups.start
+        return torch.where(kept < 0, self.key_to_skip, kept * self.keys_per_group + torch.tensor(self.expert_slots))
+
+    @property
+    def key_to_skip(self) -> int:
+        """Sort key, behind all others, of what is not computed: slots without an expert, or with a removed one."""
+        return len(self.kept_groups) * self.keys_per_group
 
     @torch.no_grad()
     def init_weights(self, std: float):
@@ -134,12 +141,12 @@ class MoHGEExperts(nn.Module):
         init.copy_(self.key_of_expert, self._key_table())
 
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`gate_up_proj` and `down_proj` of each group."""
-        return [(getattr(self, f"gate_up_proj_{g}"), getattr(self, f"down_proj_{g}")) for g in range(self.num_groups)]
+        """`gate_up_proj` and `down_proj` of each kept group."""
+        return [(getattr(self, f"gate_up_proj_{g}"), getattr(self, f"down_proj_{g}")) for g in self.kept_groups]
 
     def biases(self) -> list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:
         """Biases of each group in the order of `groups`, or None."""
-        return [(None, None)] * self.num_groups
+        return [(None, None)] * len(self.kept_groups)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         if self.gate_function is not None:
@@ -148,10 +155,10 @@ class MoHGEExperts(nn.Module):
         return self.act_fn(gate) * up
 
     def sort_keys(self, top_k_index: torch.Tensor) -> torch.Tensor:
-        """`group * keys_per_group + slot` of each id; `num_groups * keys_per_group` for slots to skip."""
+        """`group * keys_per_group + slot` of each id, where `group` counts the kept ones; or `key_to_skip`."""
         skipped = top_k_index >= self.num_experts
         keys = self.key_of_expert[top_k_index.masked_fill(skipped, 0)]
-        return keys.masked_fill(skipped, self.num_groups * self.keys_per_group)
+        return keys.masked_fill(skipped, self.key_to_skip)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -161,7 +168,9 @@ class MoHGEExperts(nn.Module):
         groups, biases = self.groups(), self.biases()
         # Experts without tokens run on zero rows: data parallelism waits for the gradient of every weight.
         for expert in range(self.num_experts):
-            group, slot = self.expert_groups[expert], self.expert_slots[expert]
+            group, slot = self.expert_groups[expert] - self.kept_groups.start, self.expert_slots[expert]
+            if group < 0:
+                continue
             gate_up_proj, down_proj = (stack[slot] for stack in groups[group])
             gate_up_bias, down_bias = (stack if stack is None else stack[slot] for stack in biases[group])
             token_idx, top_k_pos = torch.where(top_k_index == expert)
@@ -237,7 +246,7 @@ class MoHGEMixtureExperts(MoHGEExperts):
         super().__init__(config, layer_config, activation(source, config.backbone_config))
         self.has_bias = source.has_bias
         if self.has_bias:
-            for group, (gate_up, down) in enumerate(self.groups()):
+            for group, (gate_up, down) in zip(self.kept_groups, self.groups(), strict=True):
                 self.register_parameter(f"gate_up_bias_{group}", nn.Parameter(torch.empty(gate_up.shape[:2])))
                 self.register_parameter(f"down_bias_{group}", nn.Parameter(torch.empty(down.shape[:2])))
         function = gate_function(source)
@@ -258,7 +267,7 @@ class MoHGEMixtureExperts(MoHGEExperts):
     def biases(self) -> list[tuple[torch.Tensor, torch.Tensor] | tuple[None, None]]:
         if not self.has_bias:
             return super().biases()
-        return [(getattr(self, f"gate_up_bias_{g}"), getattr(self, f"down_bias_{g}")) for g in range(self.num_groups)]
+        return [(getattr(self, f"gate_up_bias_{g}"), getattr(self, f"down_bias_{g}")) for g in self.kept_groups]
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         if self.gate_function is not None and self.interleaves:

@@ -93,7 +93,9 @@ class MoHGEConfig(PreTrainedConfig):
             Layers that keep the backbone's own feed-forward. By default none or, with `router_type="source"`, those
             that have no experts.
         moe_intermediate_sizes (`list[int]`, *optional*, defaults to `[384, 512, ..., 1280]`):
-            Intermediate width `W_g` of the experts of each group, ascending (equal widths are allowed).
+            Intermediate width `W_g` of the experts of each group, ascending (equal widths are allowed). 0 is for
+            experts that have been removed: the router still chooses them, but they add nothing, hold no parameters and
+            cost nothing.
         num_experts_per_group (`int` or `list[int]`, *optional*, defaults to 8):
             Number of experts `N_g` in each group; one number for all groups or one per group.
         num_experts_per_tok (`int`, *optional*, defaults to 6):
@@ -357,6 +359,11 @@ class MoHGEConfig(PreTrainedConfig):
         return len(self.moe_intermediate_sizes)
 
     @property
+    def kept_groups(self) -> range:
+        """Groups whose experts have parameters: all but those of width 0, which come first."""
+        return range(self.moe_intermediate_sizes.count(0), self.num_groups)
+
+    @property
     def expert_counts(self) -> list[int]:
         """Number of experts `N_g` of each group."""
         if isinstance(self.num_experts_per_group, int):
@@ -450,10 +457,10 @@ class MoHGEConfig(PreTrainedConfig):
         """Check the fields that shape the expert groups."""
         for layer in self._distinct_layers():
             widths = layer.moe_intermediate_sizes
-            if not widths or min(widths) < 1:
+            if not widths or min(widths) < 0:
                 raise ValueError(
-                    f"`moe_intermediate_sizes` is {widths}: give one width of at least 1 for each group, such as "
-                    "[384, 512]"
+                    f"`moe_intermediate_sizes` is {widths}: give one width for each group, such as [384, 512], or 0 "
+                    "for experts that are removed"
                 )
             if sorted(widths) != list(widths):
                 raise ValueError(f"`moe_intermediate_sizes` must ascend, got {widths}: use {sorted(widths)}")

@@ -39,6 +39,10 @@ class HeterogeneousExpertsInterface(ExpertsInterface):
     """
 
     def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
+        return partial(_forward_if_kept, function=self._function(experts_implementation, default))
+
+    @staticmethod
+    def _function(experts_implementation: str, default: Callable) -> Callable:
         if experts_implementation in _OWN_IMPLEMENTATIONS:
             return mohge_forward
         function = ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default)
@@ -47,6 +51,20 @@ class HeterogeneousExpertsInterface(ExpertsInterface):
         if function is grouped_mm_experts_forward:
             return grouped_mm_forward
         return partial(per_group_forward, function=function)
+
+
+def _forward_if_kept(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    function: Callable,
+) -> torch.Tensor:
+    if experts.kept_groups:
+        return function(experts, hidden_states, top_k_index, top_k_weights)
+    # What an expert of width 0 computes: nothing, but with gradients of zero, for which data parallelism waits.
+    nothing = hidden_states[:, :0] @ hidden_states.new_zeros(0, hidden_states.shape[1])
+    return (nothing * top_k_weights.sum(1, keepdim=True)).to(hidden_states.dtype)
 
 
 def _refuse_other_models(experts: nn.Module, *args):

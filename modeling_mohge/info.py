@@ -6,6 +6,7 @@ import torch
 
 from .backbones_mohge import feed_forwards
 from .configuration_mohge import MoHGEConfig
+from .losses_mohge import at_least_one
 from .modeling_mohge import MoHGEForCausalLM
 
 
@@ -91,7 +92,7 @@ def describe(config: MoHGEConfig) -> str:
         lines.append(
             f"{'group':>5} {'width':>6} {'experts':>8} {'parameters each':>16} {'parameters':>14} {'share':>6}"
         )
-        whole = sum(layer.expert_parameters(width) for width in layer.expert_widths)
+        whole = at_least_one(sum(layer.expert_parameters(width) for width in layer.expert_widths))
         for group, (width, experts) in enumerate(zip(layer.moe_intermediate_sizes, layer.expert_counts, strict=True)):
             each = layer.expert_parameters(width)
             lines.append(

@@ -147,7 +147,8 @@ def _parameter_penalty(config: MoHGEConfig, s: _Statistics) -> torch.Tensor:
     """HMoE's P-penalty (https://huggingface.co/papers/2408.10681, section 3): the Switch loss with each frequency
     times the expert's width over the mean width."""
     widths_E = s.router.widths_G.to(s.mask_RS.dtype) @ s.router.membership_GE.to(s.mask_RS.dtype)
-    share_RE = s.counts_RE / s.tokens_R1 * (widths_E / widths_E.mean())
+    mean_width = widths_E.mean().clamp(min=torch.finfo(widths_E.dtype).tiny)  # all experts may have been removed
+    share_RE = s.counts_RE / s.tokens_R1 * (widths_E / mean_width)
     return config.num_experts * (share_RE * s.mean(s.log_probabilities_TE.exp())).sum(-1)
 
 

@@ -276,7 +276,7 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         if all(isinstance(adapter.target_modules, str | None) for adapter in adapted) or not self._is_trained_here():
             return
         experts = [parameter for found in self.sparse_feed_forwards for parameter in found.experts.parameters()]
-        if not any(parameter.requires_grad for parameter in experts):
+        if experts and not any(parameter.requires_grad for parameter in experts):
             share = sum(map(torch.numel, experts)) / sum(map(torch.numel, self.parameters()))
             logger.warning_once(
                 f"The adapters leave the routed experts as they are, {share:.0%} of the parameters: name their stacks "

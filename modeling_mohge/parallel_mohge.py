@@ -13,6 +13,7 @@ import json
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -92,7 +93,8 @@ class HeterogeneousAllToAllEP(AllToAllEP):
     """
     transformers' [`AllToAllEP`], with three differences: the shared expert is computed while tokens travel to their
     experts (and its gradient while theirs travel back); rows travel in the dtype that the experts compute in, also
-    under autocast, where activations are float32; and empty slots (top-p routing), whose id is E, are not sent.
+    under autocast, where activations are float32; and empty slots (top-p routing), whose id is E, are not sent, nor
+    are those of removed experts.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh, tp_mesh):
@@ -101,6 +103,8 @@ class HeterogeneousAllToAllEP(AllToAllEP):
 
     @torch.compiler.disable
     def __call__(self, hidden_states, top_k_index, top_k_weights):
+        if not self.experts.kept_groups:
+            return self.experts_forward(hidden_states, top_k_index, top_k_weights)
         num_tokens = hidden_states.shape[0]
         tokens = (
             hidden_states.to(compute_dtype(hidden_states, self.experts.groups()[0][0])),
@@ -126,7 +130,8 @@ class HeterogeneousAllToAllEP(AllToAllEP):
         self, hidden_states_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
         group, ranks = self.ep_mesh.get_group(), self.ep_mesh.size()
-        index = index_TK.flatten()
+        removed = F.pad(self.experts.key_of_expert == self.experts.key_to_skip, (0, 1))  # at last: of empty slots
+        index = index_TK.masked_fill(removed[index_TK], ranks * self.num_local_experts).flatten()
         order = torch.argsort(index)
         send_counts = torch.zeros(ranks * self.num_local_experts + 1, dtype=torch.int64, device=index.device)
         send_counts = send_counts.scatter_add_(0, index, torch.ones_like(index))[:-1].view(ranks, -1)
@@ -193,12 +198,16 @@ def check_layout(config: MoHGEConfig, layout: DistributedConfig):
             '`ep_implementation="all_to_all"` knows no empty slots, which top-p routing leaves: use "auto"'
         )
     for layer in config.sparse_layers:
-        sets, fewest, narrowest = layer.num_expert_sets, min(layer.expert_counts), layer.moe_intermediate_sizes[0]
+        sets = layer.num_expert_sets
         if sets % layout.ep_size:
             raise ValueError(
                 f"`ep_size` {layout.ep_size} does not divide the {sets} sets of experts (the greatest common divisor "
                 f"of `num_experts_per_group` {layer.expert_counts}): use {_one_of(divisors(sets))}"
             )
+        if not layer.kept_groups:  # nothing to share out
+            continue
+        fewest = min(layer.expert_counts[group] for group in layer.kept_groups)
+        narrowest = layer.moe_intermediate_sizes[layer.kept_groups.start]
         share = fewest // layout.ep_size
         if layout.ep_size > 1 and _empty_shards(share, layout.efsdp_size):
             copies = max(number for number in range(1, layout.efsdp_size) if not _empty_shards(share, number))

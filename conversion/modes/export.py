@@ -1,5 +1,6 @@
 """Leaving MoHGE: back to the source's format, or to experts of one width."""
 
+import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from mohge import MoHGEConfig
@@ -30,6 +31,13 @@ class Export(Mode):
 
     def _padded(self) -> MoHGE:
         config = self.source.config
+        sparse = [number for number in range(config.num_hidden_layers) if number not in config.mlp_only_layers]
+        removed = [number for number in sparse if not config.per_layer_config[number].kept_groups]
+        if removed:
+            raise ValueError(
+                f"mode export cannot pad what is not there: all experts of layer {removed[0]} have been removed. Use "
+                "the model as it is"
+            )
         width = max(max(layer.moe_intermediate_sizes) for layer in config.sparse_layers)
 
         def padded(fields: dict) -> dict:
@@ -75,9 +83,13 @@ class Export(Mode):
             here = tensors.pop(ids).tolist()
             return Converted(LayerWeights(tensors, lambda number: weights.expert(here[number])))
         width = self.target.config.moe_intermediate_size
+        widths = self.source.config.per_layer_config[layer.number].expert_widths
 
         def expert(number: int) -> Expert:
-            return widen(weights.expert(number), width, None)
+            if widths[number]:
+                return widen(weights.expert(number), width, None)
+            like = widen(weights.expert(widths.index(max(widths))), width, None)  # of removed experts nothing is there
+            return Expert(*(None if part is None else torch.zeros_like(part) for part in like))
 
         return Converted(LayerWeights(weights.tensors, expert))
 

@@ -40,6 +40,8 @@ class Case:
     """Each second token names its first expert in its second slot too."""
     masked: float = 0.0
     """Share of the slots to skip."""
+    removed: int = 0
+    """Experts without weights: their ids follow those of the others, and their key is that behind the last."""
     masked_ids: tuple[int, ...] = ()
     """Ids of the slots to skip, in turn; `num_experts` by default."""
     masked_weight: float = 0.0
@@ -53,11 +55,12 @@ class Case:
 
     @property
     def num_experts(self) -> int:
-        return sum(self.counts)
+        return sum(self.counts) + self.removed
 
     def places(self) -> list[tuple[int, int]]:
         """(group, index in group) of each id."""
         by_group = [(group, i) for group, count in enumerate(self.counts) for i in range(count)]
+        by_group += [(len(self.counts), 0)] * self.removed
         if self.ids == "interleaved":
             return sorted(by_group, key=lambda place: place[::-1])
         if self.ids == "shuffled":
@@ -136,6 +139,10 @@ CASES = {
     "masked_slots_and_empty_group": replace(NARROW, masked=0.4, allowed=(0, 3, 4, 5)),
     "all_slots_masked": replace(NARROW, masked=1.0, masked_weight=0.7),
     "one_token_all_slots_masked": replace(NARROW, tokens=1, masked=1.0),
+    "experts_without_weights": replace(NARROW, removed=3, ids="shuffled", masked=0.2),
+    "experts_without_weights_and_spare_keys": replace(NARROW, removed=1, spare_keys=2),
+    "all_tokens_on_experts_without_weights": replace(NARROW, removed=3, ids="shuffled", allowed=(3, 7, 8)),
+    "one_token_on_experts_without_weights": replace(NARROW, removed=2, tokens=1, top_k=8, ids="shuffled"),
     "zero_weights": replace(NARROW, zero_weights=0.4),
     "negative_weights": replace(NARROW, negative_weights=True),
     "expert_twice_for_a_token": replace(NARROW, repeated=True),
@@ -209,7 +216,7 @@ def make_layer(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float
         gate_up.append(torch.cat([gate, up], 1) * (3 / case.hidden_size) ** 0.5)
         down.append(normal(count, case.hidden_size, width) / width**0.5)
     gate_up, down = ([x.to(device, dtype).requires_grad_() for x in matrices] for matrices in (gate_up, down))
-    if case.ids == "by_group" and not case.spare_keys:
+    if case.ids == "by_group" and not case.spare_keys and not case.removed:
         return Layer(gate_up, down, None, None)
     keys, keys_per_group = case.keys()
     return Layer(gate_up, down, torch.tensor(keys, device=device), keys_per_group)
@@ -250,6 +257,8 @@ def reference(case: Case, parameters: dict[str, torch.Tensor], hidden_states, to
     """Expert by expert on the tokens that name it: down @ (silu(gate @ x) * (up @ x)), times the combine weight."""
     output = torch.zeros_like(hidden_states)
     for expert, (group, i) in enumerate(case.places()):
+        if group == len(case.counts):
+            continue
         width = case.widths[group]
         gate_up, down = parameters[f"gate_up[{group}]"][i], parameters[f"down[{group}]"][i]
         token, slot = (top_k_index == expert).nonzero(as_tuple=True)

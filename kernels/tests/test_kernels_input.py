@@ -168,8 +168,9 @@ def test_ids_out_of_range_are_skipped_otherwise(debug, device, monkeypatch):
 
 @each_implementation
 def test_valid_ids_pass_in_debug_mode(device, monkeypatch):
-    """The id that equals the number of experts is valid too: expert parallelism masks slots so."""
-    case = replace(CASE, masked=0.3)
+    """The id that equals the number of experts is valid too: expert parallelism masks slots so. And so is the key
+    behind the last, of experts without weights."""
+    case = replace(CASE, masked=0.3, removed=2)
     layer, inputs = make_layer(case, device), make_inputs(case, device)
     assert (inputs.top_k_index == case.num_experts).any()
     expected = run(layer, inputs)
@@ -180,7 +181,7 @@ def test_valid_ids_pass_in_debug_mode(device, monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", "interpreter"], indirect=True)
-@pytest.mark.parametrize("key", [-1, 1, 9, 99])
+@pytest.mark.parametrize("key", [-1, 1, 10, 99])
 def test_keys_of_no_expert_are_refused_in_debug_mode(key, device, monkeypatch):
     case = replace(CASE, ids="interleaved")  # groups of 1, 2 and 3, three keys each: 1 is a place that group 0 lacks
     layer, inputs = make_layer(case, device), make_inputs(case, device)

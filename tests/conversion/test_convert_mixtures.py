@@ -197,6 +197,7 @@ def test_bfloat16_stays_bit_identical(name, change, tmp_path):
 
 
 PADDED = [*ROUTERS, "wider_second_layer", "gated_shared_expert", "dense_first_layer", "latent", "tied"]
+PADDED += ["removed_experts", "removed_experts_of_a_mixture"]
 
 
 @pytest.mark.parametrize("name", PADDED)
@@ -219,15 +220,23 @@ def test_padded_export_has_one_width(name, tmp_path):
     assert torch.equal(padded.generate(IDS, max_new_tokens=4), source.generate(IDS, max_new_tokens=4))
     weights, before = padded.state_dict(), source.state_dict()
     for layer in sparse_layers(source.config):
-        for expert in range(source.config.per_layer_config[layer].num_experts):
-            assert_widened(
-                routed_expert(weights, padded.config, layer, expert),
-                routed_expert(before, source.config, layer, expert),
-            )
+        for expert, width in enumerate(source.config.per_layer_config[layer].expert_widths):
+            widened = routed_expert(weights, padded.config, layer, expert)
+            if width:
+                assert_widened(widened, routed_expert(before, source.config, layer, expert))
+            else:
+                assert not any(part.any() for part in widened)
     report = read_report(tmp_path / "out")
     assert report["exact"] is report["passed"] is True
     assert report["parameters"]["after"]["total"] == padded.num_parameters() > source.num_parameters()
     assert report["parameters"]["before"]["total"] == source.num_parameters()
+
+
+def test_a_layer_without_experts_is_not_padded(tmp_path, capsys):
+    make_model(**VARIANTS["removed_experts_of_one_layer"]).save_pretrained(tmp_path / "source")
+    assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", "--pad") == 2
+    assert "all experts of layer 1 have been removed" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def origins(weights, before, layer):

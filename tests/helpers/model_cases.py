@@ -75,6 +75,13 @@ VARIANTS = {
     "no_shared_expert": {"shared_expert_intermediate_size": 0},
     "one_group": {"moe_intermediate_sizes": [16], "num_experts_per_group": 4, "num_experts_per_tok": 2},
     "wider_second_layer": {"per_layer_config": {1: {"moe_intermediate_sizes": [16, 40, 64]}}},
+    "removed_experts": {"moe_intermediate_sizes": [0, 24, 40]},
+    "removed_experts_of_one_layer": {
+        "router_type": "top_p",
+        "per_layer_config": {1: {"moe_intermediate_sizes": [0] * 3}},
+    },
+    "removed_experts_of_a_mixture": MIXTURE
+    | {"moe_intermediate_sizes": [8, 24, 40], "per_layer_config": {0: {"moe_intermediate_sizes": [0, 0, 16]}}},
     "tied": {"tie_word_embeddings": True},
     "mixture": MIXTURE,
 }

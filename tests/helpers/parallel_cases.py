@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from model_cases import ATTENTIONS, LOSSES, ROUTERS, VARIANTS, make_ids, make_model
+from model_cases import ATTENTIONS, LOSSES, MIXTURE, ROUTERS, VARIANTS, make_ids, make_model
 from peft import LoraConfig, get_peft_model
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -22,6 +22,11 @@ MODELS = {
         "router_type": "source",
         "num_experts_per_tok": None,
         "shared_expert_intermediate_size": None,
+    },
+    "removed_experts_of_a_mixture": {
+        **VARIANTS["removed_experts_of_a_mixture"],
+        "backbone_config": {**MIXTURE["backbone_config"], "num_experts": 16, "bos_token_id": None},
+        "router_type": "source",
     },
     "every_expert": {"num_experts_per_tok": 16, "num_groups_per_tok": 3},
     "small_groups": {"num_experts_per_group": [2, 4, 2]},
@@ -130,8 +135,9 @@ class Scenario:
         return rows
 
 
+REMOVED = ["removed_experts", "removed_experts_of_one_layer"]
 MIXTURES = [
-    *(*ROUTERS, "dense_first_layer", "wider_second_layer", "small_groups"),
+    *(*ROUTERS, *REMOVED, "removed_experts_of_a_mixture", "dense_first_layer", "wider_second_layer", "small_groups"),
     *("gated_shared_expert", "no_shared_expert", "tied", "latent", "mixed_windows", "olmoe"),
 ]
 
@@ -143,8 +149,8 @@ TENSOR_PARALLEL = [name for name in ATTENTIONS if name != "clipped"]
 def _two_ranks() -> dict[str, Scenario]:
     fsdp, tp = {"fsdp_size": 2}, {"tp_size": 2}
     ep_fsdp, ep_tp = fsdp | {"ep_size": 2}, tp | {"ep_size": 2}
-    scenarios = {f"fsdp, {model}": Scenario(fsdp, model) for model in ("two_level", "latent", "tied")}
-    scenarios |= {f"tp, {model}": Scenario(tp, model) for model in ("two_level", "tied", *TENSOR_PARALLEL)}
+    scenarios = {f"fsdp, {model}": Scenario(fsdp, model) for model in ("two_level", "latent", "tied", REMOVED[-1])}
+    scenarios |= {f"tp, {model}": Scenario(tp, model) for model in ("two_level", "tied", *REMOVED, *TENSOR_PARALLEL)}
     scenarios |= {
         f"ep = fsdp, {model}": Scenario(ep_fsdp, model) for model in (*MIXTURES, "one_group", "every_expert")
     }
@@ -165,6 +171,8 @@ def _two_ranks() -> dict[str, Scenario]:
             f"{name}, exchanges of 2 groups": Scenario(layout, "two_groups", "even", "exchanges"),
             f"{name}, exchanges of 6 groups": Scenario(layout, "six_groups", "even", "exchanges"),
             f"{name}, exchanges with empty slots": Scenario(layout, "top_p", "even", "exchanges"),
+            f"{name}, exchanges with removed experts": Scenario(layout, "removed_experts", "even", "exchanges"),
+            f"{name}, removed experts, save": Scenario(layout, "removed_experts_of_one_layer", run="save"),
             f"{name}, exchanges in bfloat16": Scenario(layout, run="exchanges", dtype=torch.bfloat16),
             f"{name}, exchanges under autocast": Scenario(layout, run="exchanges", autocast=True),
         }
@@ -172,6 +180,10 @@ def _two_ranks() -> dict[str, Scenario]:
         "ep = fsdp, rows of unequal length": Scenario(ep_fsdp, rows="ragged"),
         "ep = tp, one row": Scenario(ep_tp, rows="short"),
         "ep = tp, all_reduce": Scenario(ep_tp | {"ep_implementation": "all_reduce"}),
+        "ep = tp, removed experts, generate": Scenario(ep_tp, "removed_experts", run="generate"),
+        "ep = fsdp, removed experts, all_to_all": Scenario(
+            ep_fsdp | {"ep_implementation": "all_to_all"}, "removed_experts"
+        ),
         "pp": Scenario({"pp_size": 2}, run="evaluate"),
         "pp, generate": Scenario({"pp_size": 2}, run="generate"),
         "pp, tied": Scenario({"pp_size": 2}, "tied", run="evaluate"),

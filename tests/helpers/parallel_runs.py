@@ -47,14 +47,14 @@ def train_step(scenario: Scenario, folder: Path) -> dict:
 
 
 def exchanges(scenario: Scenario, folder: Path) -> dict:
-    """Type and shape of what this rank sends in each all-to-all, and the choices of all its tokens."""
+    """Type and shape of what this rank sends in each all-to-all, and how often its tokens chose each expert."""
     model = scenario.load(folder).train()
     with _AllToAlls() as forward:
         outputs, _ = _training_pass(scenario, model)
     with _AllToAlls() as backward:
         outputs.loss.backward()
-    choices = [int(counts.sum()) for counts in outputs.tokens_per_expert]
-    return {"forward": forward.sent, "backward": backward.sent, "choices": choices}
+    counts = list(outputs.tokens_per_expert)
+    return {"forward": forward.sent, "backward": backward.sent, "tokens_per_expert": counts}
 
 
 def evaluate(scenario: Scenario, folder: Path) -> dict:

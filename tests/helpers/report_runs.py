@@ -30,6 +30,11 @@ EDGES = {
     "one group": {"moe_intermediate_sizes": [16], "num_experts_per_group": 8, "router_type": "top_k"},
     "one width": {"moe_intermediate_sizes": [16, 16], "num_experts_per_group": 4, "router_type": "top_k"},
     "empty slots": {"router_type": "top_p", "router_top_p": 0.3, "num_experts_per_tok": 6},
+    "removed experts": {
+        "moe_intermediate_sizes": [0, 24, 40],
+        "num_experts_per_group": 4,
+        "per_layer_config": {1: {"moe_intermediate_sizes": [0, 0, 0]}},
+    },
     "one layer": {"num_hidden_layers": 1},
     "many layers": {"num_hidden_layers": 60},
     "mixture": {

@@ -131,7 +131,8 @@ def test_rank_holds_its_range_of_experts(processes, name, launch):
     copies = layout.get("fsdp_size", 1) * layout.get("tp_size", 1) // ep_size
     layers, dense = launch.config(name).per_layer_config, launch.config(name).mlp_only_layers
     for layer, config in ((i, layers[i]) for i in range(2) if i not in dense):
-        for group, (ids, count) in enumerate(zip(config.expert_id_table, config.expert_counts, strict=True)):
+        for group in config.kept_groups:
+            ids, count = config.expert_id_table[group], config.expert_counts[group]
             for parameter in (f"model.layers.{layer}.mlp.experts.{kind}_proj_{group}" for kind in ("gate_up", "down")):
                 for rank, results in enumerate(launch.ranks(name)):
                     first = rank % ep_size * config.num_experts // ep_size
@@ -167,10 +168,13 @@ def test_one_exchange_of_counts_and_one_of_rows_each_way(groups, layout, launch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("run", ["exchanges of 6 groups", "exchanges with empty slots"])
-def test_each_choice_travels_once(run, layout, launch):
+@pytest.mark.parametrize("run", ["of 6 groups", "with empty slots", "with removed experts"])
+def test_each_choice_of_an_expert_that_is_there_travels_once(run, layout, launch):
+    run = f"exchanges {run}"
     ranks = launch.ranks(f"{layout}, {run}")
-    for layer, choices in enumerate(launch.one_process(f"{layout}, {run}")["choices"]):
+    layers = launch.config(f"{layout}, {run}").sparse_layers
+    for layer, counts in enumerate(launch.one_process(f"{layout}, {run}")["tokens_per_expert"]):
+        choices = sum(int(n) for n, width in zip(counts, layers[layer].expert_widths, strict=True) if width)
         _, there, back = zip(*(rank["forward"][3 * layer : 3 * layer + 3] for rank in ranks), strict=True)
         assert choices > 0
         assert sum(shape[0] for _, shape in there) == sum(shape[0] for _, shape in back) == choices

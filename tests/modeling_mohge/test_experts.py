@@ -73,7 +73,15 @@ CASES = {
     "masked_slots_and_empty_group": Case(masked=0.4, allowed=(0, 6, 1, 2, 7, 8)),
     "one_token_all_slots_masked": Case(tokens=1, masked=1.0),
     "all_slots_masked": Case(masked=1.0),
+    "removed_group": Case(widths=(0, 24, 40)),
+    "removed_group_of_few_and_odd_sizes": Case(counts=(1, 6, 2), widths=(0, 13, 37), masked=0.2),
+    "two_removed_groups": Case(widths=(0, 0, 40)),
+    "no_token_on_removed_experts": Case(widths=(0, 24, 40), allowed=(1, 2, 3, 4, 5, 7, 8)),
+    "all_tokens_on_removed_experts": Case(widths=(0, 24, 40), allowed=(0, 6), top_k=2),
+    "one_token_with_removed_experts": Case(widths=(0, 24, 40), tokens=1, top_k=12),
+    "all_groups_removed": Case(widths=(0, 0, 0), masked=0.2),
 }
+COMMON = ["unequal_widths_and_counts", "odd_sizes", "masked_slots", "empty_middle_group", "removed_group"]
 
 
 def make_experts(case: Case, dtype: torch.dtype, implementation: str = "eager") -> MoHGEExperts:
@@ -119,6 +127,9 @@ def reference(
     output = torch.zeros_like(hidden_states)
     for expert, (group, slot) in enumerate(case.experts_by_id()):
         width = case.widths[group]
+        if width == 0:  # no weights, no output, and gradients of zero
+            output = output + 0 * (hidden_states + weights.sum(-1, keepdim=True))
+            continue
         gate_up, down = parameters[f"gate_up_proj_{group}"][slot], parameters[f"down_proj_{group}"][slot]
         gate, up = hidden_states @ gate_up[:width].T, hidden_states @ gate_up[width:].T
         combine_weight = (weights * (index == expert)).sum(-1, keepdim=True)
@@ -311,10 +322,11 @@ class CountRows(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_grouped_mm_computes_nothing_for_masked_slots():
-    case = CASES["masked_slots"]
+@pytest.mark.parametrize("name", ["masked_slots", "two_removed_groups"])
+def test_grouped_mm_computes_nothing_for_slots_to_skip(name):
+    case = CASES[name]
     hidden_states, index, weights, _ = make_inputs(case, torch.float32)
-    used = (index < case.num_experts).sum().item()
+    used = sum(int((index == expert).sum()) for expert, (g, _) in enumerate(case.experts_by_id()) if case.widths[g])
     with CountRows() as grouped_mm, torch.no_grad():
         make_experts(case, torch.float32, "grouped_mm")(hidden_states, index, weights)
     assert 0 < sum(grouped_mm.rows) == 2 * used < 2 * index.numel()  # gate_up and down
@@ -370,7 +382,7 @@ def fresh_compiler():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "empty_middle_group", "masked_slots"])
+@pytest.mark.parametrize("name", [*COMMON, "all_tokens_on_removed_experts", "all_groups_removed"])
 @COMPILED
 def test_compiled_equals_eager_mode(implementation, name):
     case = CASES[name]
@@ -431,7 +443,7 @@ def test_compiled_with_frozen_weights(implementation):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6, 40], ids=["one", "few", "one_more_than_few", "many"])
-@pytest.mark.parametrize("name", ["unequal_widths_and_counts", "odd_sizes", "masked_slots", "empty_middle_group"])
+@pytest.mark.parametrize("name", [*COMMON, "all_groups_removed"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inference_without_gradients(implementation, name, tokens):
     """Without gradients idle groups are left out, and the kernels handle one token without sorting."""

@@ -16,6 +16,7 @@ CONFIGS = {
     "two_level": {"per_layer_config": {1: {"moe_intermediate_sizes": [16, 32, 64]}}, "shared_expert_gate": True},
     "top_p": {
         "router_type": "top_p",
+        "moe_intermediate_sizes": [0, 16, 24],
         "backbone_config": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8},
     },
     "grouped_top_k": {
@@ -30,6 +31,7 @@ CONFIGS = {
             "num_experts_per_tok": 3,
             "num_key_value_heads": 4,
         },
+        "per_layer_config": {1: {"moe_intermediate_sizes": [0, 0, 0]}},
         "num_experts_per_tok": None,
         "shared_expert_intermediate_size": None,
     },

@@ -125,6 +125,14 @@ def test_parameter_penalty():
     assert value("parameter_penalty") == exactly(4 * (0.5 * 8 / 12 * 0.25 + 0.5 * 24 / 12 * 0.35))
 
 
+@pytest.mark.parametrize(("widths", "expected"), [((0, 24), 4 * (1 * 4 * 0.25)), ((0, 0), 0)])
+def test_parameter_penalty_of_removed_experts(widths, expected):
+    """Half of the choices are of the one expert that is left, 4 times as wide as the mean; without any it is 0."""
+    chosen = [[(0, 1), (3, 1)], [(3, 1), (1, 1)]]
+    value = by_hand(Layout((3, 1), widths), Routing("top_k", 2, 2), [[0.0] * 4] * 2, chosen)
+    assert value("parameter_penalty") == exactly(expected)
+
+
 def test_parameter_penalty_of_equal_widths_is_the_switch_loss():
     layout = Layout((2, 4, 6), (16, 16, 16))
     batches = [

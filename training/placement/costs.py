@@ -119,7 +119,8 @@ def allocation_costs(
         holds = (shares > 0).double()
         parameters = torch.tensor([layer.expert_parameters(w) for w in layer.expert_widths], dtype=torch.float64)
         held.append(holds @ parameters)
-        choices = devices * shares * load  # [R, E] that a device computes, per token that it brings
+        # [R, E] that a device computes, per token that it brings: nothing is sent to removed experts.
+        choices = devices * shares * load * (parameters > 0)
         flops.append(choices @ (2 * parameters))
         sending = 1 - holds.sum(0) / devices  # a device that has a copy uses it
         exchanged.append(4 * config.hidden_size * element * (choices @ sending))
@@ -128,6 +129,7 @@ def allocation_costs(
             kept[-1] += load.sum() * sender_bytes(layer, element)
 
     expert_parameters = [int(count) for count in sum(held)]
+    slowest, mean = (float(sum(map(of, flops))) for of in (torch.max, torch.mean))
     model, dense_bytes = run_without_memory(config, workload.dtype)
     parameters = [a + b for a, b in zip(dense_parameters(model, devices), expert_parameters, strict=True)]
     weights = [count * element for count in parameters]
@@ -140,7 +142,7 @@ def allocation_costs(
         parameters=parameters,
         expert_parameters=expert_parameters,
         expert_flops=sum(flops).tolist(),
-        flops_imbalance=float(sum(layer.max() for layer in flops) / sum(layer.mean() for layer in flops)),
+        flops_imbalance=slowest / mean if mean else 1.0,  # all experts may have been removed
         exchanged_bytes=sum(exchanged).tolist(),
         memory={
             "weights": weights,

@@ -194,8 +194,9 @@ def _step(
     elapsed = hardware.wait_for_all(busy)
     experts = []
     for layer, layer_choices, layer_shares in zip(config.sparse_layers, choices, shares, strict=True):
-        rows, sent = dispatch(layer_choices.view(-1, ranks, layer.num_experts), layer_shares)
         parameters = torch.tensor([layer.expert_parameters(w) for w in layer.expert_widths], dtype=torch.float64)
+        travelling = layer_choices * (parameters > 0)  # nothing is sent to removed experts
+        rows, sent = dispatch(travelling.view(-1, ranks, layer.num_experts), layer_shares)
         flops = 2 * rows @ parameters
         read = hardware.element_bytes * ((rows > 0).double() @ parameters) + 2 * row_bytes * rows.sum(-1)
         forward = hardware.expert_seconds(flops, read)

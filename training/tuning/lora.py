@@ -25,8 +25,9 @@ def group_ranks(config: MoHGEConfig, rank: int) -> list[list[int]]:
     Ranks proportional to width, at the parameter budget of one rank for all groups.
 
     An expert of width W has `rank * (2 H + 3 W)` adapter parameters, on its `gate_up_proj` and its `down_proj`. Group
-    g gets rank `c W_g`, rounded to the nearest integer (halves up) and at least 1. `c` is one number for the whole
-    model, the largest with which all adapters together have no more parameters than at rank `rank` in every group.
+    g gets rank `c W_g`, rounded to the nearest integer (halves up) and at least 1; removed experts, of width 0, have
+    no adapter. `c` is one number for the whole model, the largest with which all adapters together have no more
+    parameters than at rank `rank` in every group.
 
     Args:
         config ([`MoHGEConfig`]): Config of the model.
@@ -38,7 +39,8 @@ def group_ranks(config: MoHGEConfig, rank: int) -> list[list[int]]:
     layers = config.sparse_layers
     costs: dict[int, int] = {}  # adapter parameters of all experts of a width, for each unit of rank
     for layer in layers:
-        for width, count in zip(layer.moe_intermediate_sizes, layer.expert_counts, strict=True):
+        for group in layer.kept_groups:
+            count, width = layer.expert_counts[group], layer.moe_intermediate_sizes[group]
             costs[width] = costs.get(width, 0) + count * (2 * config.hidden_size + 3 * width)
     budget = rank * sum(costs.values())
 
@@ -49,12 +51,13 @@ def group_ranks(config: MoHGEConfig, rank: int) -> list[list[int]]:
     steps = sorted(
         Fraction(2 * r - 1, 2 * width) for width, cost in costs.items() for r in range(1, budget // cost + 1)
     )
+    steps.insert(0, Fraction(0))  # which is left where all experts have been removed
     within = bisect_right(steps, budget, key=parameters)
     return [[_rounded(steps[within - 1] * width) for width in layer.moe_intermediate_sizes] for layer in layers]
 
 
 def _rounded(value: Fraction) -> int:
-    return max(1, int(value + Fraction(1, 2)))
+    return max(1, int(value + Fraction(1, 2))) if value else 0
 
 
 @contextmanager
@@ -128,8 +131,10 @@ def lora_config(
 def _ranks_by_parameter(config: MoHGEConfig, rank: int) -> dict[str, int]:
     """Rank of each stack of expert weights, by name."""
     layers = group_ranks(config, rank)
-    if not layers:
-        raise ValueError('`mlp_only_layers` leaves no layer with experts: use lora_targets="attention"')
+    if not any(map(any, layers)):
+        raise ValueError(
+            '`mlp_only_layers` and `moe_intermediate_sizes` leave no layer with experts: use lora_targets="attention"'
+        )
     if not config.is_heterogeneous:
         return dict(_stacks("experts", layers[0]))
     model = model_without_memory(config)
@@ -143,7 +148,7 @@ def _ranks_by_parameter(config: MoHGEConfig, rank: int) -> dict[str, int]:
 
 def _stacks(prefix: str, ranks: list[int]) -> Iterator[tuple[str, int]]:
     for group, rank in enumerate(ranks):
-        for projection in ("gate_up_proj", "down_proj"):
+        for projection in ("gate_up_proj", "down_proj") if rank else ():
             yield f"{prefix}.{projection}_{group}", rank
 
 

@@ -44,7 +44,7 @@ def expert_quantization(config: MoHGEConfig, kind: Literal["int8", "float8"], mi
     layers = []
     sparse = [index for index in range(config.num_hidden_layers) if index not in config.mlp_only_layers]
     for index, layer in zip(sparse, config.sparse_layers, strict=True):
-        groups = [str(g) for g, width in enumerate(layer.moe_intermediate_sizes) if width >= min_width]
+        groups = [str(group) for group in layer.kept_groups if layer.moe_intermediate_sizes[group] >= min_width]
         if groups:
             layers.append(rf"{index}\.\w+\.experts\.(gate_up|down)_proj_({'|'.join(groups)})")
     if not layers:

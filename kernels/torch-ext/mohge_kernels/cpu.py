@@ -229,8 +229,9 @@ def infer(
     """The output alone, for weights in stacks or of `PackedExperts`. A single token needs no sorting."""
     if index.shape[0] != 1:
         return forward(hidden_states, gate_up, down, index, key_of_expert, weights, keys_per_group, save=False)[0]
-    keys = key_of_expert.tolist()
+    keys, to_skip = key_of_expert.tolist(), len(gate_up) * keys_per_group
     chosen = [(slot, keys[id]) for slot, id in enumerate(index[0].tolist()) if 0 <= id < len(keys)]
+    chosen = [(slot, key) for slot, key in chosen if key != to_skip]
     rows = hidden_states.new_empty(len(chosen), hidden_states.shape[1])
     for (_, key), row in zip(chosen, rows.unsqueeze(1), strict=True):
         group, slot = divmod(key, keys_per_group)

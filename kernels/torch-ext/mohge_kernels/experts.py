@@ -45,7 +45,8 @@ def swiglu_experts(
         top_k_weights (`torch.Tensor` of shape `(tokens, slots)`):
             In float32 or the dtype of `hidden_states`.
         key_of_expert (`torch.Tensor` of shape `(experts,)`, *optional*):
-            `group * keys_per_group + place in the group` of each id. By default ids number the experts group by group.
+            `group * keys_per_group + place in the group` of each id; `groups * keys_per_group` for an expert without
+            weights, whose slots are skipped. By default ids number the experts group by group.
         keys_per_group (`int`, *optional*, defaults to the size of the largest group):
             At least the size of the largest group.
         packed ([`PackedExperts`], *optional*):
@@ -191,13 +192,14 @@ def _check_call(hidden_states, gate_up, top_k_index, top_k_weights, key_of_exper
             )
         if not _keys_exist(key_of_expert, gate_up, keys_per_group):
             raise ValueError(
-                "`key_of_expert` has keys of experts that do not exist: give group * keys_per_group + place in group"
+                "`key_of_expert` has keys of experts that do not exist: give group * keys_per_group + place in group, "
+                f"or {len(gate_up) * keys_per_group} for an expert without weights"
             )
 
 
 def _keys_exist(key_of_expert: torch.Tensor, gate_up: list[torch.Tensor], keys_per_group: int) -> bool:
     places = {group * keys_per_group + place for group, stack in enumerate(gate_up) for place in range(len(stack))}
-    return places.issuperset(key_of_expert.tolist())
+    return (places | {len(gate_up) * keys_per_group}).issuperset(key_of_expert.tolist())
 
 
 def _keys_by_group(counts: list[int], keys_per_group: int, device: torch.device) -> torch.Tensor:

@@ -106,7 +106,7 @@ def sort_pairs(
     """
     Args:
         index_TK: ids of experts; an id outside [0, E) marks a slot to skip.
-        key_of_expert: [E], the key of each id, below `keys`.
+        key_of_expert: [E], the key of each id, below `keys`, or `keys` for an expert whose slots are to be skipped.
 
     Returns:
         order [S], the pair at each sorted position (those to skip last); position [T, K], the sorted position of each

@@ -86,12 +86,14 @@ def test_info_on_the_release(capsys):
 
 
 def test_info_with_layers_of_different_groups(tmp_path, capsys):
-    config = small_config(num_experts_per_group=4, per_layer_config={2: {"moe_intermediate_sizes": [8, 16, 24]}})
+    layers = {2: {"moe_intermediate_sizes": [8, 16, 24]}, 3: {"moe_intermediate_sizes": [0, 0]}}
+    config = small_config(num_experts_per_group=4, num_hidden_layers=4, per_layer_config=layers)
     config.save_pretrained(tmp_path)
     assert main(["info", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "sparse layer 0: 8 experts" in printed
     assert "sparse layer 1: 12 experts" in printed
+    assert len(re.findall(r"^ +[01] +0 +4 +0 +0 +0\.0%$", printed, re.MULTILINE)) == 2  # all experts removed
 
 
 @pytest.mark.parametrize(

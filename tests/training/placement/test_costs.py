@@ -92,11 +92,13 @@ def recorded(config: MoHGEConfig, seed: int = 0) -> RouterTraffic:
     return traffic
 
 
+@pytest.mark.parametrize("narrowest", [16, 0])
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("name", ALLOCATIONS)
-def test_operations_and_bytes_are_those_of_each_choice_sent_in_turn(name, devices):
-    """Every device has every recorded choice once: its own copy computes it, or all copies equal parts."""
-    config = make_config(**FOUR_SETS, per_layer_config={1: {"moe_intermediate_sizes": [16, 16, 64]}})
+def test_operations_and_bytes_are_those_of_each_choice_sent_in_turn(name, devices, narrowest):
+    """Every device has every recorded choice once: its own copy computes it, or all copies equal parts. Choices of
+    removed experts are not sent."""
+    config = make_config(**FOUR_SETS, per_layer_config={1: {"moe_intermediate_sizes": [narrowest, 16, 64]}})
     traffic = recorded(config)
     costs = allocation_costs(name, config, Workload(devices, dtype=torch.bfloat16), layer_loads(config, traffic))
     flops, exchanged, slowest = [0.0] * devices, [0.0] * devices, 0.0
@@ -110,7 +112,7 @@ def test_operations_and_bytes_are_those_of_each_choice_sent_in_turn(name, device
             for receiver in receivers:
                 choices = counts[expert] / len(receivers)
                 here[receiver] += choices * 2 * 3 * 32 * layer_config.expert_widths[expert]
-                if receiver != source:
+                if receiver != source and layer_config.expert_widths[expert]:
                     exchanged[receiver] += choices * 2 * 2 * (32 * 2)  # there and back, twice, 32 numbers of 2 bytes
         slowest += max(here)
         flops = [a + b for a, b in zip(flops, here, strict=True)]

@@ -326,6 +326,19 @@ def test_layers_may_differ():
     assert (found.expert[0, :, 0] * 1000 / (3 * 6 * 8)).tolist() == [pytest.approx(layer) for layer in work]
 
 
+def test_nothing_is_sent_to_removed_experts():
+    """Ids 0 and 3, in whose place others are chosen by nobody."""
+    choices = torch.tensor([[8.0, 2, 3, 8, 5, 6], [8, 8, 9, 8, 11, 12]], dtype=torch.float64)
+    expected = choices.clone()
+    expected[:, [0, 3]] = 0
+    config = small_config(moe_intermediate_sizes=[0, 6])
+    found, wanted = (
+        simulate(config, MACHINE, [[rows] * 2], {"all_size": allocate(config, 2)["all_size"]})["all_size"]
+        for rows in (choices, expected)
+    )
+    assert found.summary() == wanted.summary()
+
+
 def test_expert_parallel_size_is_the_largest_that_fits():
     config = small_config(num_experts_per_group=[8, 4])
     assert [expert_parallel_size(config, devices) for devices in (1, 6, 8, 12, 1024)] == [1, 2, 4, 4, 4]

@@ -20,6 +20,8 @@ CASES = {
     "dense_first_layer": {"mlp_only_layers": [0]},
     "one_expert_in_a_group": {"num_experts_per_group": [1, 2, 4]},
     "mixture": MIXTURE,
+    "removed_experts": {"moe_intermediate_sizes": [0, 24, 40]},
+    "removed_experts_of_one_layer": {"per_layer_config": {1: {"moe_intermediate_sizes": [0, 0, 0]}}},
 }
 
 
@@ -33,7 +35,7 @@ def expert_parameters(config: MoHGEConfig, ranks: list[list[int]]) -> int:
 
 
 def uniform(config: MoHGEConfig, rank: int) -> list[list[int]]:
-    return [[rank] * layer.num_groups for layer in config.sparse_layers]
+    return [[rank if width else 0 for width in layer.moe_intermediate_sizes] for layer in config.sparse_layers]
 
 
 def adapted(targets: str, rank: int = 4, **config) -> PeftModel:
@@ -60,7 +62,8 @@ def test_ranks_are_the_largest_proportional_ones_within_the_budget(case, rank):
     for step in range(1, 20000):  # of c, in thousandths; from 0 where every rank is 1
         c = step / 1000 + 1e-9
         proportional = [
-            [max(1, int(c * w + 0.5)) for w in layer.moe_intermediate_sizes] for layer in config.sparse_layers
+            [max(1, int(c * w + 0.5)) if w else 0 for w in layer.moe_intermediate_sizes]
+            for layer in config.sparse_layers
         ]
         parameters = expert_parameters(config, proportional)
         if parameters > budget:
@@ -85,7 +88,7 @@ def test_adapters_have_the_ranks_and_one_scale(case):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == expert_parameters(config, group_ranks(config, 6))
     scales = [scale for m in model.modules() if hasattr(m, "lora_A") for scale in m.scaling.values()]
-    assert len(scales) == 2 * sum(layer.num_groups for layer in config.sparse_layers)
+    assert len(scales) == 2 * sum(len(layer.kept_groups) for layer in config.sparse_layers)
     assert scales == pytest.approx([2.0] * len(scales))
 
 
@@ -154,5 +157,6 @@ def test_dropout_is_for_attention():
 
 
 def test_experts_are_refused_where_there_are_none():
-    with pytest.raises(ValueError, match='use lora_targets="attention"'):
-        lora_config(make_config(mlp_only_layers=[0, 1]), targets="experts")
+    for fields in ({"mlp_only_layers": [0, 1]}, {"moe_intermediate_sizes": [0, 0, 0]}):
+        with pytest.raises(ValueError, match='use lora_targets="attention"'):
+            lora_config(make_config(**fields), targets="experts")

@@ -93,6 +93,18 @@ def test_experts_alone_are_quantised_and_narrow_groups_are_kept(place):
             assert torch.equal(weight, original[name]), name
 
 
+def test_removed_experts_are_not_quantised(tmp_path):
+    make_workplace(tmp_path, **SHAPE | {"moe_intermediate_sizes": [0, 64, 96]})
+    assert finetune(tmp_path, "q", data=None, quantize="int8") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    names = {name.rsplit(".", 1)[1] for name in quantized_names(model)}
+    assert names == {f"{projection}_{group}" for projection in ("gate_up_proj", "down_proj") for group in (1, 2)}
+    torch.testing.assert_close(logits(model), logits(dequantized(model)))
+    removed = model.config.to_dict() | {"moe_intermediate_sizes": [0, 0, 0], "quantization_config": None}
+    with pytest.raises(ValueError, match="no expert is that wide"):
+        expert_quantization(MoHGEConfig.from_dict(removed), "int8")
+
+
 @pytest.mark.parametrize("overrides", [{}, MIXTURE], ids=["own router", "mixture"])
 def test_groups_are_chosen_by_their_width_in_each_layer(overrides, tmp_path):
     widths = {"per_layer_config": {1: {"moe_intermediate_sizes": [64, 96, 128]}}}
