@@ -403,6 +403,10 @@ class MoHGE(Decoder):
         """See `Source.read_layer`."""
         config, groups = self.config.per_layer_config[number], self._names_of_groups(number)
         stacks = [ExpertStacks(*map(state.get, names)) for names in groups]
+        for group in range(len(stacks)):
+            if stacks[group].down is None and config.kept_groups:
+                kept = stacks[config.kept_groups[0]]
+                stacks[group] = _empty_stacks(config.expert_counts[group], 0, _expert(kept, 0))
         held = set().union(*groups)
         others = {name: tensor for name, tensor in state.items() if name not in held}
         if len(others) == len(state):
@@ -423,8 +427,9 @@ class MoHGE(Decoder):
                 count, width = config.expert_counts[group], config.moe_intermediate_sizes[group]
                 stacks[group] = _empty_stacks(count, width, expert)
             _fill(stacks[group], slot, expert)
-        for group, names in enumerate(self._names_of_groups(number)):
-            pairs = zip(names, stacks[group], strict=True)
+        groups = self._names_of_groups(number)
+        for group in config.kept_groups:
+            pairs = zip(groups[group], stacks[group], strict=True)
             tensors |= {name: stack for name, stack in pairs if stack is not None}
         return tensors
 
@@ -443,7 +448,9 @@ def _expert(stacks: ExpertStacks, index: int) -> Expert:
 
 def _empty_stacks(count: int, width: int, like: Expert) -> ExpertStacks:
     new, hidden_size = like.gate.new_empty, like.down.shape[0]
-    biases = (None, None) if like.down_bias is None else (new(count, 2 * width), new(count, hidden_size))
+    biases = (None, None)
+    if like.down_bias is not None:
+        biases = new(count, 2 * width), like.gate.new_zeros(count, hidden_size)
     return ExpertStacks(new(count, 2 * width, hidden_size), new(count, hidden_size, width), *biases)
 
 

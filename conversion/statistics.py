@@ -108,7 +108,10 @@ def _projections(experts: nn.Module, expert: int) -> tuple[tuple, tuple] | None:
     """Weight and bias of the two projections of an expert; None where nothing is left of it."""
     if isinstance(experts, MoHGEExperts):
         group, slot = experts.expert_groups[expert], experts.expert_slots[expert]
-        pairs = zip(experts.groups()[group], experts.biases()[group], strict=True)
+        if group not in experts.kept_groups:
+            return None
+        kept = experts.kept_groups.index(group)
+        pairs = zip(experts.groups()[kept], experts.biases()[kept], strict=True)
         return tuple((weight[slot], bias if bias is None else bias[slot]) for weight, bias in pairs)
     made = []
     for name in ("gate_up_proj", "down_proj"):

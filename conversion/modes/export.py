@@ -1,6 +1,5 @@
 """Leaving MoHGE: back to the source's format, or to experts of one width."""
 
-import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from mohge import MoHGEConfig
@@ -83,13 +82,9 @@ class Export(Mode):
             here = tensors.pop(ids).tolist()
             return Converted(LayerWeights(tensors, lambda number: weights.expert(here[number])))
         width = self.target.config.moe_intermediate_size
-        widths = self.source.config.per_layer_config[layer.number].expert_widths
 
         def expert(number: int) -> Expert:
-            if widths[number]:
-                return widen(weights.expert(number), width, None)
-            like = widen(weights.expert(widths.index(max(widths))), width, None)  # of removed experts nothing is there
-            return Expert(*(None if part is None else torch.zeros_like(part) for part in like))
+            return widen(weights.expert(number), width, None)
 
         return Converted(LayerWeights(weights.tensors, expert))
 

@@ -1,6 +1,7 @@
 """Mixtures whose experts become narrower, each to the width that it deserves."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from mohge import MoHGEConfig
 
 from ..allocation import Choices, allocate, lost_saliency, widths_to_choose
 from ..decoders import Expert, LayerWeights, MoHGE
+from ..recipe import Recipe
 from ..statistics import ExpertStatistics, LayerSaliency, largest, observe_experts, refit
 from .base import Converted, Layer, Mode, Run, slice_neurons, widen
 from .mixtures import routing_fields
@@ -82,6 +84,12 @@ class Trim(Mode):
     @property
     def observes(self) -> bool:
         return self.recipe.calibration is not None
+
+    def resolved(self, revision: str | None) -> Recipe:
+        if self.recipe.keep is None:
+            return super().resolved(revision)
+        router = None if isinstance(self.source, MoHGE) else self.target.config.router_type
+        return replace(self.recipe, revision=revision, router=router)  # widths differ between layers
 
     def settle(self, layers: list[LayerSaliency]) -> None:
         self.saliency = layers
