@@ -24,15 +24,20 @@ class Choices(NamedTuple):
     """[E, C] what an expert of each width takes of the budget."""
 
 
-def widths_to_choose(width: int, multiple: int) -> list[int]:
-    """0, the multiples of `multiple` below `width`, and `width`."""
-    return [*range(0, width, multiple), width]
+def choices(saliency: list[np.ndarray], multiple: int, prices: np.ndarray | float = 1.0) -> Choices:
+    """
+    What experts may become that keep their most salient neurons: as wide as they are, or a multiple of `multiple`.
 
-
-def lost_saliency(saliency: np.ndarray, widths: list[int]) -> np.ndarray:
-    """[C] what is lost of the `saliency` [W] of an expert's neurons where it keeps its best ones, at each width."""
-    kept = np.concatenate([[0.0], np.sort(saliency)[::-1].astype(np.float64).cumsum()])
-    return kept[-1] - kept[np.minimum(widths, len(saliency))]
+    Args:
+        saliency (`list[np.ndarray]`): [W_e] saliency of the neurons of each expert.
+        multiple (`int`): What widths are multiples of.
+        prices (`np.ndarray` or `float`, *optional*, defaults to 1): What a neuron of each expert costs.
+    """
+    own = max(map(len, saliency))
+    widths = [*range(0, own, multiple), own]
+    kept = [np.concatenate([[0.0], np.sort(neurons)[::-1].cumsum(dtype=np.float64)]) for neurons in saliency]
+    lost = np.stack([sums[-1] - sums[np.minimum(widths, len(sums) - 1)] for sums in kept])
+    return Choices(widths, lost, np.outer(np.broadcast_to(prices, len(saliency)), widths))
 
 
 def allocate(layers: list[Choices], budget: float, groups: int) -> list[list[int]]:

@@ -403,14 +403,13 @@ class MoHGE(Decoder):
         """See `Source.read_layer`."""
         config, groups = self.config.per_layer_config[number], self._names_of_groups(number)
         stacks = [ExpertStacks(*map(state.get, names)) for names in groups]
-        for group in range(len(stacks)):
-            if stacks[group].down is None and config.kept_groups:
-                kept = stacks[config.kept_groups[0]]
-                stacks[group] = _empty_stacks(config.expert_counts[group], 0, _expert(kept, 0))
         held = set().union(*groups)
         others = {name: tensor for name, tensor in state.items() if name not in held}
         if len(others) == len(state):
             return LayerWeights(others, None)
+        for group in set(range(config.num_groups)) - set(config.kept_groups):
+            like = _expert(stacks[config.kept_groups[0]], 0)
+            stacks[group] = _empty_stacks(config.expert_counts[group], 0, like)
         return LayerWeights(
             others, lambda index: _expert(stacks[config.expert_groups[index]], config.expert_slots[index])
         )

@@ -75,7 +75,12 @@ def settle(plan: Plan, progress: bool = False):
             plan.source.load_outer({name: read(name) for name in plan.source.outer_names}, plan.recipe.device)
         tokens = _tokens(plan)
         batches = _batches(tokens.ids[: -tokens.held_out], plan.recipe.device) if plan.mode.observes else []
-        plan.mode.settle(Survey(plan, batches, Path(folder), progress).measure(plan.mode.criterion))
+        _survey(plan, batches, Path(folder), progress)
+
+
+def _survey(plan: Plan, batches: list[torch.Tensor], folder: Path, progress: bool):
+    survey = Survey(plan.source, plan.tensors, batches, folder, plan.recipe.device, progress)
+    plan.mode.settle(survey.measure(plan.mode.criterion), sum(batch.numel() for batch in batches))
 
 
 def _tokens(plan: Plan) -> Tokens:
@@ -134,7 +139,7 @@ class _Conversion:
         plan.source.load_outer(outer, self.device)
         if plan.mode.criterion is not None:
             batches = [self.batches[batch] for batch in self.fitted]
-            plan.mode.settle(Survey(plan, batches, staging.scratch, self.progress).measure(plan.mode.criterion))
+            _survey(plan, batches, staging.scratch, self.progress)
         plan.target.load_outer(outer, self.device)
         folder = staging.prepare()
         tokenizer = self._write_side_files(folder)

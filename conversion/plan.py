@@ -61,10 +61,14 @@ class Plan:
             "activated per token": f"{before.activated:,} -> {after.activated:,}",
             "weights to be written": f"{self.size:,} bytes",
         }
+        lines |= mode.forecast()
         config = self.target.equivalent
-        if config.sparse_layers and not config.is_heterogeneous:
-            groups = zip(config.expert_counts, config.moe_intermediate_sizes, strict=True)
-            lines["expert groups"] = ", ".join(f"{count} of width {width}" for count, width in groups)
+        sparse = [number for number in range(config.num_hidden_layers) if number not in config.mlp_only_layers]
+        for number in sparse if config.is_heterogeneous else sparse[:1]:
+            layer = config.per_layer_config[number]
+            groups = zip(layer.expert_counts, layer.moe_intermediate_sizes, strict=True)
+            name = f"layer {number}" if config.is_heterogeneous else "expert groups"
+            lines[name] = ", ".join(f"{count} of width {width}" for count, width in groups)
         if self.tokenizer is not None:
             lines["tokenizer"] = describe(about(self.tokenizer, config.vocab_size))
         return "\n".join(f"{name:<22}  {value}" for name, value in lines.items())

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_flatten, tree_map
 from tqdm.auto import tqdm
 
-from .decoders import Expert, Passed
-from .plan import Plan
+from .checkpoint import NamedTensors
+from .decoders import Expert, MoHGE, Passed, Source
 from .statistics import LayerSaliency, observe_experts
 from .streams import Stream
 
@@ -54,15 +54,25 @@ class Survey:
     Measures the saliency of all neurons of a model, or goes on with what an interrupted run has measured.
 
     Args:
-        plan ([`Plan`]): The conversion; what lies outside of the source's layers is loaded.
+        source ([`Source`] or [`MoHGE`]): The model; what lies outside of its layers is loaded.
+        tensors ([`NamedTensors`]): Its tensors.
         batches (`list[torch.Tensor]`): Calibration tokens, [b, S] each, where to compute.
         folder (`Path`): Where to keep states and results.
-        progress (`bool`): Whether to show progress bars.
+        device (`str`, *optional*, defaults to `"cpu"`): Where to compute.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show progress bars.
     """
 
-    def __init__(self, plan: Plan, batches: list[torch.Tensor], folder: Path, progress: bool):
-        self.source, self.tensors, self.device = plan.source, plan.tensors, plan.recipe.device
-        self.batches, self.folder, self.progress = batches, folder, progress
+    def __init__(
+        self,
+        source: Source | MoHGE,
+        tensors: NamedTensors,
+        batches: list[torch.Tensor],
+        folder: Path,
+        device: str = "cpu",
+        progress: bool = False,
+    ):
+        self.source, self.tensors, self.batches = source, tensors, batches
+        self.folder, self.device, self.progress = folder, device, progress
         self.states, self.gradients = Stream(folder, "survey"), Stream(folder, "gradient")
 
     def measure(self, criterion: str) -> list[LayerSaliency]:

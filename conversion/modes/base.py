@@ -112,9 +112,13 @@ class Mode(ABC):
         """What tells which neurons matter, see [`Survey`]; None for modes that do not ask before they begin."""
         return None
 
-    def settle(self, layers: list[LayerSaliency]) -> None:
-        """Decide what depends on the survey, such as `target`."""
+    def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
+        """Decide what depends on the survey of so many calibration tokens, such as `target`."""
         return None
+
+    def forecast(self) -> dict[str, str]:
+        """What the survey says of the result, by name."""
+        return {}
 
     @property
     def observes(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from mohge import MoHGEConfig
 
-from ..allocation import Choices, allocate, lost_saliency, widths_to_choose
+from ..allocation import Choices, allocate, choices
 from ..decoders import Expert, LayerWeights, MoHGE
 from ..recipe import Recipe
 from ..statistics import ExpertStatistics, LayerSaliency, largest, observe_experts, refit
@@ -91,7 +91,7 @@ class Trim(Mode):
         router = None if isinstance(self.source, MoHGE) else self.target.config.router_type
         return replace(self.recipe, revision=revision, router=router)  # widths differ between layers
 
-    def settle(self, layers: list[LayerSaliency]) -> None:
+    def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
         self.saliency = layers
         sparse = [number for number, layer in enumerate(layers) if layer.neurons]
         self.group_of = {}
@@ -103,19 +103,28 @@ class Trim(Mode):
                 self.group_of[number] = np.empty(len(ranked), dtype=int)
                 self.group_of[number][ranked] = np.repeat(range(config.num_groups), config.expert_counts)
             return
-        choices = {number: self._choices(number, layers[number]) for number in sparse}
-        budget = self.recipe.keep * sum(choice.cost[:, -1].sum() for choice in choices.values())
-        chosen = dict(zip(sparse, allocate(list(choices.values()), budget, self.recipe.groups), strict=True))
-        lost = sum(choices[number].lost[range(len(chosen[number])), chosen[number]].sum() for number in sparse)
+        tables = {number: self._choices(number, layers[number]) for number in sparse}
+        own = {number: list(map(len, layers[number].neurons)) for number in sparse}
+        budget = self.recipe.keep * sum(self._prices(layers[number]) @ own[number] for number in sparse)
+        chosen = dict(zip(sparse, allocate(list(tables.values()), budget, self.recipe.groups), strict=True))
+        lost = sum(tables[number].lost[range(len(chosen[number])), chosen[number]].sum() for number in sparse)
         whole = sum(neurons.sum().item() for layer in layers for neurons in layer.neurons)
-        self.lost = lost / whole if whole else 0.0
-        """Share of the saliency that goes."""
+        self._lost, self._tokens = lost, tokens
+        self._share = lost / whole if whole else 0.0
         shapes = {}
         for number in sparse:
-            widths = np.array(choices[number].widths)[chosen[number]]
+            widths = np.array(tables[number].widths)[chosen[number]]
             shapes[number], self.group_of[number] = self._shape(number, widths)
         first = shapes[sparse[0]]
         self.target = self._regrouped(first, {number: shape for number, shape in shapes.items() if shape != first})
+
+    def forecast(self) -> dict[str, str]:
+        if self.recipe.keep is None:
+            return {}
+        said = {"saliency lost": f"{self._share:.2%} ({self.recipe.saliency})"}
+        if self.recipe.saliency == "gradient":
+            said["predicted loss"] = f"+{self._lost / 2 / self._tokens:.4f} nats per token, to second order, no refit"
+        return said
 
     def _units(self, number: int) -> list[list[int]]:
         """The experts that must share a width."""
@@ -128,18 +137,19 @@ class Trim(Mode):
                 return [np.flatnonzero(groups == group).tolist() for group in range(config.num_groups)]
         return [[expert] for expert in range(len(self.source.expert_widths(number)))]
 
+    def _prices(self, layer: LayerSaliency) -> np.ndarray:
+        """[E] what a neuron of each expert takes of the budget."""
+        if self.recipe.budget == "memory":
+            return np.ones(len(layer.neurons))
+        return (layer.tokens / layer.tokens.sum().clamp(min=1)).numpy()
+
     def _choices(self, number: int, layer: LayerSaliency) -> Choices:
-        widths = self.source.expert_widths(number)
-        chosen = widths_to_choose(max(widths), self.recipe.multiple)
-        if self.source.equivalent.keeps_router and self.source.feed_forwards[number].experts.has_bias:
-            chosen = chosen[1:]  # an expert without neurons would lose its bias too
-        prices = np.ones(len(widths))
-        if self.recipe.budget == "work":
-            prices = layer.tokens.numpy() / layer.tokens.sum().clamp(min=1).item()
-        lost = np.stack([lost_saliency(neurons.numpy(), chosen) for neurons in layer.neurons])
-        cost = np.minimum.outer(np.array(widths), chosen) * prices[:, None]
+        made = choices([neurons.numpy() for neurons in layer.neurons], self.recipe.multiple, self._prices(layer))
         units = self._units(number)
-        return Choices(chosen, *(np.stack([table[unit].sum(0) for unit in units]) for table in (lost, cost)))
+        widths, lost, cost = made.widths, *(np.stack([t[unit].sum(0) for unit in units]) for t in made[1:])
+        if self.source.equivalent.keeps_router and self.source.feed_forwards[number].experts.has_bias:
+            return Choices(widths[1:], lost[:, 1:], cost[:, 1:])  # without neurons, an expert would lose its bias too
+        return Choices(widths, lost, cost)
 
     def _shape(self, number: int, widths: np.ndarray) -> tuple[dict, np.ndarray]:
         """Fields of a layer whose units have these widths, and the group of each expert."""

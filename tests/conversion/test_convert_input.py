@@ -203,7 +203,6 @@ OPTIONS = {
     "widths of a regroup": ("olmoe", [*REGROUP, "--widths", "20,20,20"], "widths"),
     "reinit of residual": ("llama", ["--mode", "residual", *DENSE_OPTIONS, "--reinit", "0.5"], "reinit"),
     "unknown device": ("llama", [*COPY, "--device", "nonsense"], "nonsense"),
-    "trim without calibration": ("olmoe", TRIM, "calibration"),
     "split without calibration": ("llama", ["--mode", "split", *DENSE_OPTIONS, "--widths", "3,6"], "calibration"),
     "narrow copy without calibration": ("llama", [*COPY, "--widths", "20,44"], "calibration"),
     "narrow residual without calibration": (

@@ -6,8 +6,10 @@ import torch
 from mohge.conversion.decoders import Expert
 from mohge.conversion.modes.base import slice_neurons, widen
 from mohge.conversion.statistics import (
+    RIDGES,
     DenseStatistics,
     ExpertStatistics,
+    Gram,
     cluster,
     important_neurons,
     linear_rows,
@@ -24,45 +26,80 @@ def draw(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
+def gram_of(tokens: torch.Tensor) -> Gram:
+    gram = Gram(W)
+    gram.add(tokens)
+    return gram
+
+
 def test_refit_solves_the_ridge_regression():
-    """Augmented least squares: the ridge is a row for each kept neuron that asks for no change."""
+    """Augmented least squares: the ridge is a row for each kept neuron that asks for no change. Its strength is the
+    one that does best on the last quarter of the tokens."""
     down, tokens, kept = draw(H, W), draw(200, W, seed=1) @ draw(W, W, seed=2), torch.tensor([0, 2, 3, 7, 10])
-    columns, squares = refit(down, kept, tokens.T @ tokens)
+    columns, squares = refit(down, kept, gram_of(tokens))
     target = (tokens @ down.T).double()
-    strength = torch.diag((0.01 * (tokens[:, kept] ** 2).sum(0)).sqrt())
-    design = torch.cat([tokens[:, kept], strength]).double()
-    asked = torch.cat([target, (strength @ down[:, kept].T).double()])
-    expected = torch.linalg.lstsq(design, asked).solution.T
-    torch.testing.assert_close(columns.double(), expected, rtol=1e-3, atol=1e-3)
+
+    def solve(tokens, target, strength):
+        ridge = torch.diag((strength * (tokens[:, kept] ** 2).sum(0)).sqrt())
+        design = torch.cat([tokens[:, kept], ridge]).double()
+        asked = torch.cat([target, (ridge @ down[:, kept].T).double()])
+        return torch.linalg.lstsq(design, asked).solution.T
+
+    def error(columns, tokens, target):
+        return (target - tokens[:, kept].double() @ columns.double().T).square().sum()
+
+    held_out = [error(solve(tokens[:150], target[:150], s), tokens[150:], target[150:]) for s in RIDGES]
+    strength = RIDGES[torch.stack(held_out).argmin()]
+    assert strength < RIDGES[-1]
+    torch.testing.assert_close(columns.double(), solve(tokens, target, strength), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(columns, down[:, kept], rtol=0.05)
-    errors = [target - tokens[:, kept].double() @ c.double().T for c in (down[:, kept], columns)]
-    brute = torch.stack([target.square().sum(), *(error.square().sum() for error in errors)])
+    brute = torch.stack([target.square().sum(), *(error(c, tokens, target) for c in (down[:, kept], columns))])
     torch.testing.assert_close(squares.double(), brute, rtol=1e-3, atol=0)
     assert squares[2] < 0.95 * squares[1]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_a_refit_that_does_not_carry_over_is_not_made():
+    """The last quarter of the tokens has nothing in common with the others."""
+    down, kept = draw(H, W), torch.arange(6)
+    common = draw(30, 6, seed=1) @ draw(6, 5, seed=2)
+    tokens = torch.cat(
+        [torch.cat([draw(30, 6, seed=1), common], 1), torch.cat([draw(10, 6, seed=3), -common[:10]], 1)]
+    )
+    tokens[30:, 6:] = -draw(10, 6, seed=3) @ draw(6, 5, seed=2)
+    columns, (_, without, refitted) = refit(down, kept, gram_of(tokens))
+    assert torch.equal(columns, down[:, kept])
+    assert refitted == without > 0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8])
 def test_refit_with_few_tokens_never_raises_the_error(tokens):
     down, kept = draw(H, W), torch.arange(0, W, 2)
-    activations = draw(tokens, W, seed=3)
-    columns, (whole, without, refitted) = refit(down, kept, activations.T @ activations)
+    columns, (whole, without, refitted) = refit(down, kept, gram_of(draw(tokens, W, seed=3)))
     assert columns.isfinite().all()
-    assert refitted <= without
+    assert refitted <= without <= whole + without
     if tokens == 0:
         assert torch.equal(columns, down[:, kept])
         assert whole == without == 0
-    else:
-        assert 0 < refitted < without
 
 
 def test_refit_works_beside_a_neuron_of_massive_activation():
     """As language models have at the first token."""
     mixing = draw(W, W, seed=2)
     tokens, kept = draw(640, W, seed=1) @ mixing, torch.arange(6)
-    calm = refit(draw(H, W), kept, tokens.T @ tokens)[1]
+    calm = refit(draw(H, W), kept, gram_of(tokens))[1]
     tokens[::64, 0] = 1e4
-    _, without, refitted = refit(draw(H, W), kept, tokens.T @ tokens)[1]
+    _, without, refitted = refit(draw(H, W), kept, gram_of(tokens))[1]
     assert refitted / without < 1.2 * calm[2] / calm[1]
+
+
+def test_an_expert_that_keeps_nothing_or_all():
+    down, gram = draw(H, W), gram_of(draw(50, W))
+    columns, (whole, without, refitted) = refit(down, torch.empty(0, dtype=torch.long), gram)
+    assert columns.shape == (H, 0)
+    torch.testing.assert_close(torch.stack([without, refitted]), whole.expand(2))
+    columns, (_, without, refitted) = refit(down, torch.arange(W), gram)
+    assert torch.equal(columns, down)
+    assert without == refitted == 0
 
 
 def test_values_that_are_not_finite_are_named():
@@ -92,17 +129,15 @@ def test_important_neurons_weigh_activation_with_the_column():
 
 
 def test_expert_statistics_add_up_over_batches():
-    statistics = ExpertStatistics(2, W)
+    statistics = ExpertStatistics([W, W])
     activations, weights = draw(40, W), draw(40, seed=1).abs()
-    outputs = draw(40, H, seed=2) * weights[:, None]
-    for part in (slice(0, 25), slice(25, 40)):
-        statistics.add(1, activations[part], outputs[part], weights[part])
-    assert statistics.tokens_E.tolist() == [0, 40]
-    torch.testing.assert_close(statistics.saliency_E[1], outputs.norm(dim=1).sum())
-    torch.testing.assert_close(statistics.activation_EW[1], activations.abs().sum(0))
+    for part in (slice(0, 24), slice(24, 40)):
+        statistics(1, activations[part], weights[part])
     expected = torch.einsum("t,ti,tj->ij", weights**2, activations, activations)
-    torch.testing.assert_close(statistics.gram_EWW[1], expected, rtol=1e-4, atol=1e-4)
-    assert not statistics.gram_EWW[0].any()
+    torch.testing.assert_close(sum(statistics.grams[1].parts), expected, rtol=1e-4, atol=1e-4)
+    held_out = torch.cat([activations[18:24] * weights[18:24, None], activations[36:] * weights[36:, None]])
+    torch.testing.assert_close(statistics.grams[1].parts[1], held_out.T @ held_out, rtol=1e-4, atol=1e-4)
+    assert not any(part.any() for part in statistics.grams[0].parts)
 
 
 def test_sample_is_spread_over_all_batches():
