@@ -98,6 +98,8 @@ def load_recipe(path: str | None, **options) -> Recipe:
             raise ValueError(f"`{name}` is {value}: it must be at least 2 tokens")
     if not 0 <= recipe.seed < 2**31:
         raise ValueError(f"`seed` is {recipe.seed}: it must be in 0 to 2147483647")
+    if recipe.widths and min(recipe.widths) < 1:  # no mode removes experts, which width 0 is for
+        raise ValueError(f"`widths` is {recipe.widths}: each must be at least 1")
     if recipe.reinit is not None and not 0 <= recipe.reinit <= 1:
         raise ValueError(f"`reinit` is {recipe.reinit}: it is a fraction, 0 to 1")
     return recipe
