@@ -129,6 +129,8 @@ def load_recipe(path: str | None, **options) -> Recipe:
     for name in ("multiple", "groups"):
         if getattr(recipe, name) is not None and getattr(recipe, name) < 1:
             raise ValueError(f"`{name}` is {getattr(recipe, name)}: it must be at least 1")
+    if recipe.widths and min(recipe.widths) < 1:
+        raise ValueError(f"`widths` is {recipe.widths}: each must be at least 1; `keep` removes experts")
     if recipe.reinit is not None and not 0 <= recipe.reinit <= 1:
         raise ValueError(f"`reinit` is {recipe.reinit}: it is a fraction, 0 to 1")
     return recipe

@@ -55,6 +55,30 @@ def test_experts_implementations_agree(name):
     assert_close(logits["batched_mm"], logits["eager"])
 
 
+@pytest.mark.parametrize("name", [*ROUTERS, "mixture"])
+def test_removed_experts_compute_what_experts_of_zeros_do(name):
+    """All that is not theirs gets the same gradients, too, and they are in no list of parameters."""
+    fields = {"moe_intermediate_sizes": [8, 24, 40]} | VARIANTS[name]
+    whole = make_model(**fields).train()
+    for module in whole.sparse_feed_forwards:
+        module.experts.down_proj_0.data.zero_()
+    removed = make_model(**fields | {"moe_intermediate_sizes": [0, 24, 40]}).train()
+    removed.load_state_dict(whole.state_dict(), strict=False)
+    ids = make_ids()
+    for model in (whole, removed):
+        model(ids, labels=ids).loss.backward()
+        model.eval()
+    with torch.no_grad():
+        assert_close(removed(ids).logits, whole(ids).logits)
+    expected = {name: value for name, value in gradients(whole).items() if not name.endswith("_proj_0")}
+    assert gradients(removed).keys() == removed.state_dict().keys() - dict(removed.named_buffers()).keys()
+    for parameter, gradient in gradients(removed).items():
+        torch.testing.assert_close(gradient, expected.pop(parameter), rtol=1e-3, atol=1e-6)
+    assert not expected
+    assert all(parameter.numel() for parameter in removed.parameters())
+    assert removed.half()(ids).logits.isfinite().all()
+
+
 def test_experts_implementation_is_an_argument_of_from_config():
     model = AutoModelForCausalLM.from_config(make_config(), experts_implementation="batched_mm")
     assert model.model.layers[0].mlp.experts.config._experts_implementation == "batched_mm"
