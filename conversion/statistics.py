@@ -154,17 +154,14 @@ class DenseStatistics:
     Sums over calibration tokens of a dense feed-forward, and a sample of its inputs.
 
     Args:
-        width (`int`): Width D of the feed-forward.
         tokens (`int`): Number of tokens that will come.
-        gram (`bool`): Whether to take the Gram matrix of the activations.
+        width (`int`, *optional*): Width D of the feed-forward, if the Gram matrix of the activations is wanted.
         device (`str`, *optional*, defaults to `"cpu"`): Where to add up.
     """
 
-    def __init__(self, width: int, tokens: int, gram: bool, device: str = "cpu"):
+    def __init__(self, tokens: int, width: int | None, device: str = "cpu"):
         self.tokens = 0
-        self.activation_D = torch.zeros(width, device=device)
-        """Sum of the activations' magnitudes."""
-        self.gram = Gram(width, device) if gram else None
+        self.gram = None if width is None else Gram(width, device)
         """Of the activations."""
         self._stride = -(-tokens // _SAMPLE)
         self._inputs: list[torch.Tensor] = []
@@ -172,7 +169,6 @@ class DenseStatistics:
 
     def __call__(self, inputs_TH: torch.Tensor, activations_TD: torch.Tensor):
         """Take in a batch."""
-        self.activation_D += activations_TD.abs().sum(0)
         if self.gram is not None:
             self.gram.add(activations_TD)
         positions = torch.arange(self.tokens, self.tokens + len(inputs_TH))
@@ -206,13 +202,6 @@ class ExpertStatistics:
     def __call__(self, expert: int, activations_TW: torch.Tensor, weights_T: torch.Tensor):
         """Take in the tokens of one expert."""
         self.grams[expert].add(activations_TW * weights_T[:, None])
-
-
-def important_neurons(activation_W: torch.Tensor, down_HW: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices, ascending, of the `count` neurons whose activation magnitude times norm of their column of the down
-    projection is largest. Where nothing was activated, the columns alone decide."""
-    norms_W = down_HW.float().norm(dim=0)
-    return largest(activation_W * norms_W if activation_W.any() else norms_W, count)
 
 
 def largest(values: torch.Tensor, count: int) -> torch.Tensor:

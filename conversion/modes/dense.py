@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..decoders import Expert, LayerWeights, MoHGE
-from ..statistics import DenseStatistics, cluster, important_neurons, linear_rows, observe_dense, refit
+from ..statistics import DenseStatistics, LayerSaliency, cluster, largest, linear_rows, observe_dense, refit
 from .base import Converted, Layer, Mode, Run, slice_neurons, widen
 
 
@@ -25,13 +25,20 @@ class Copy(Mode):
 
     name = "copy"
     takes = ("dense",)
-    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "router", "reinit"})
+    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "router", "saliency", "reinit"})
     refits = True
 
     @property
     def narrows(self) -> bool:
         """Whether some expert is narrower than the feed-forward."""
-        return min(self.target.config.moe_intermediate_sizes) < self.source.width
+        return min(self.recipe.widths) < self.source.width
+
+    @property
+    def criterion(self) -> str | None:
+        return self.recipe.saliency
+
+    def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
+        self.saliency = [layer.neurons[0] for layer in layers]
 
     @property
     def exact(self) -> bool:
@@ -45,15 +52,23 @@ class Copy(Mode):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.narrows
+        return self.recipe.saliency not in (None, "magnitude")
 
     @property
     def needs_difficulty(self) -> bool:
         return self.recipe.calibration is not None and self.target.config.router_type == "two_level"
 
     def make_target(self) -> MoHGE:
+        widths = self.required("widths")
+        if self.narrows and self.recipe.saliency is None:
+            self.recipe.saliency = "gradient"
+        if not self.narrows and self.recipe.saliency is not None:
+            raise ValueError(
+                f"`saliency` is for `widths` below {self.source.width}, that of the feed-forward: leave it out, as no "
+                "neuron goes"
+            )
         fields = {
-            "moe_intermediate_sizes": self.required("widths"),
+            "moe_intermediate_sizes": widths,
             "num_experts_per_group": self.required("experts_per_group"),
             "num_experts_per_tok": self.required("top_k"),
             "num_groups_per_tok": self.recipe.top_groups,
@@ -70,9 +85,9 @@ class Copy(Mode):
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> DenseStatistics | None:
         if self.recipe.calibration is None:
             return None
-        width = self.source.width
-        gram = self.refits and self.narrows
-        statistics = DenseStatistics(width, layer.tokens, gram, layer.device)
+        statistics = DenseStatistics(
+            layer.tokens, self.source.width if self.refits and self.narrows else None, layer.device
+        )
         run(lambda found: observe_dense(found, statistics))
         return statistics
 
@@ -83,8 +98,8 @@ class Copy(Mode):
         squares, narrowed = [], {}
 
         def narrow(width: int) -> Expert:
-            kept = important_neurons(statistics.activation_D.cpu(), full.down, width)
-            if not self.refits:
+            kept = largest(self.saliency[layer.number], width)
+            if not self.refits or statistics is None:
                 return slice_neurons(full, kept)
             down, sums = refit(full.down, kept, statistics.gram)
             squares.append(sums)
@@ -98,7 +113,8 @@ class Copy(Mode):
                 narrowed[width] = narrow(width)
             return self.finish(narrowed[width], generator)
 
-        return Converted(LayerWeights(tensors, expert), squares if self.refits and self.narrows else None)
+        refitted = self.refits and self.narrows and statistics is not None
+        return Converted(LayerWeights(tensors, expert), squares if refitted else None)
 
     def finish(self, expert: Expert, generator: torch.Generator) -> Expert:
         """The expert as it is written."""
@@ -147,7 +163,7 @@ class Residual(Copy):
     zero, so that they add nothing until they have learned something."""
 
     name = "residual"
-    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "router"})
+    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "router", "saliency"})
     refits = False
     exact = True
     reason = "the shared expert computes the feed-forward, and routed experts add zero"

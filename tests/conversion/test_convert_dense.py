@@ -173,6 +173,7 @@ def test_narrow_copy_keeps_important_neurons_and_is_refitted(tmp_path):
     """Every row of the calibration set is the same: statistics and check see the same tokens, whichever they take."""
     source, out = make_source("llama", tmp_path / "source"), tmp_path / "out"
     options = ["--widths", "20", "--experts-per-group", "4", "--top-k", "2", "--router", "top_k"]
+    options += ["--saliency", "contribution"]
     rows = calibration(tmp_path / "rows.jsonl", ROW.repeat(64, 1))
     assert convert(source, out, "--mode", "copy", *options, *rows) == 0
     report, before, weights = read_report(out), tensors(source), tensors(out)
@@ -290,3 +291,19 @@ def test_split_partitions_the_neurons(name, tmp_path):
     assert counts["after"]["activated"] < counts["before"]["activated"]
     assert report["exact"] is False
     assert report["passed"] is True
+
+
+def test_narrow_copy_without_data(tmp_path):
+    """By magnitude: the neurons with the largest weights, as they were."""
+    source, out = make_source("llama", tmp_path / "source"), tmp_path / "out"
+    options = ["--widths", "20,44", "--experts-per-group", "2", "--top-k", "2", "--saliency", "magnitude"]
+    assert convert(source, out, "--mode", "copy", *options) == 0
+    before, weights, config = tensors(source), tensors(out), load(out).config
+    for layer in range(config.num_hidden_layers):
+        gate, up, down = feed_forward(before, layer)
+        kept = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).topk(20).indices.sort().values
+        for expert, width in enumerate(config.expert_widths):
+            index = kept if width == 20 else torch.arange(44)
+            expected = (gate[index], up[index], down[:, index])
+            assert all(map(torch.equal, routed_expert(weights, config, layer, expert), expected))
+    assert read_report(out)["calibration"] is None

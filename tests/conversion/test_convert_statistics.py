@@ -11,7 +11,6 @@ from mohge.conversion.statistics import (
     ExpertStatistics,
     Gram,
     cluster,
-    important_neurons,
     linear_rows,
     refit,
     ridge,
@@ -120,14 +119,6 @@ def test_square_is_the_sum_over_tokens():
     torch.testing.assert_close(square(matrix, tokens.T @ tokens).float(), (tokens @ matrix.T).square().sum())
 
 
-def test_important_neurons_weigh_activation_with_the_column():
-    down = torch.ones(2, 4) * torch.tensor([1.0, 4.0, 1.0, 3.0])
-    activation = torch.tensor([5.0, 1.0, 3.0, 2.0])  # importance 5, 4, 3, 6 times sqrt(2)
-    assert important_neurons(activation, down, 2).tolist() == [0, 3]
-    assert important_neurons(activation, down, 3).tolist() == [0, 1, 3]
-    assert important_neurons(torch.zeros(4), down, 2).tolist() == [1, 3]  # nothing was activated
-
-
 def test_expert_statistics_add_up_over_batches():
     statistics = ExpertStatistics([W, W])
     activations, weights = draw(40, W), draw(40, seed=1).abs()
@@ -141,7 +132,7 @@ def test_expert_statistics_add_up_over_batches():
 
 
 def test_sample_is_spread_over_all_batches():
-    statistics = DenseStatistics(W, 20000, gram=False)
+    statistics = DenseStatistics(20000, None)
     inputs = torch.arange(20000.0)[:, None].expand(-1, H)
     for batch in inputs.split(700):
         statistics(batch, draw(len(batch), W))

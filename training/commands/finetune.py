@@ -25,6 +25,7 @@ from mohge.model_cards.shipped import load_config
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
 from mohge.training.loop.trainer import MoHGETrainer
+from mohge.training.tuning.distillation import DistillationLoss, load_teacher
 from mohge.training.tuning.lora import known_patterns, lora_config
 from mohge.training.tuning.merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
 
@@ -96,6 +97,13 @@ class FinetuneArguments:
     )
     lora_alpha: float | None = field(
         default=None, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank. By default 2 lora_rank."}
+    )
+    distill: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model folder or Hub id whose logits are the targets, instead of the text's next tokens: the "
+            "source that this model was made of, say."
+        },
     )
     merge: str | None = field(
         default=None,
@@ -231,7 +239,7 @@ def _trainer(
             rows, eval_rows = read_conversations(sources), read_conversations(held_out) if held_out else None
         check_template(tokenizer, rows, own.assistant_only_loss)
         model = _model(own, config, training, adapters)
-        options = {"max_length": length, "dataset_num_proc": own.num_proc}
+        options = {"max_length": length, "dataset_num_proc": own.num_proc, **_loss(own, model)}
         if "messages" in columns:
             options["assistant_only_loss"] = own.assistant_only_loss
         with one_line_errors():
@@ -244,15 +252,22 @@ def _trainer(
             packed_blocks(some, tokenizer, length, num_proc=own.num_proc, seed=training.seed) if some else None
             for some in (sources, held_out)
         )
+    model = _model(own, config, training, adapters)
     with one_line_errors():
         return MoHGETrainer(
-            _model(own, config, training, adapters),
+            model,
             training,
+            **_loss(own, model),
             train_dataset=text,
             eval_dataset=eval_text,
             data_collator=collate_packed,
             processing_class=tokenizer,
         )
+
+
+def _loss(own: FinetuneArguments, model: MoHGEForCausalLM | PeftModel) -> dict[str, DistillationLoss]:
+    """What a trainer is told of the loss where it is not the model's own."""
+    return {} if own.distill is None else {"compute_loss_func": DistillationLoss(load_teacher(own.distill), model)}
 
 
 def _tokenizer(own: FinetuneArguments, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -1,5 +1,7 @@
 """Supervised fine-tuning on conversations, with TRL (`pip install trl`)."""
 
+from collections.abc import Callable
+
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -36,6 +38,7 @@ def make_sft_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
+    compute_loss_func: Callable | None = None,
     **options,
 ) -> MoHGESFTTrainer:
     """
@@ -47,6 +50,7 @@ def make_sft_trainer(
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer, with a chat template if any row has messages.
         train_dataset (`Dataset`): Rows to train on.
         eval_dataset (`Dataset`, *optional*): Rows to evaluate on.
+        compute_loss_func (`Callable`, *optional*): As for `Trainer`.
         options: What `SFTConfig` has beyond `TrainingArguments`.
     """
     values = training.to_dict() | {"hub_token": training.hub_token}  # which to_dict hides
@@ -56,6 +60,7 @@ def make_sft_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
+        compute_loss_func=compute_loss_func,
     )
 
 
