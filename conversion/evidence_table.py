@@ -1,4 +1,4 @@
-"""Tables and a plot of what `mohge.conversion.evidence` measured: `python -m mohge.conversion.evidence_table FILE...`."""
+"""Tables and a plot of what `mohge.conversion.evidence` measured, for `python -m mohge.conversion.evidence_table`."""
 
 import argparse
 import math
