@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from mohge.model_cards.records import parse_yaml
 from mohge.model_cards.shipped import shipped_file
-from mohge.model_cards.writing import hold, write_file
+from mohge.model_cards.writing import sole_writer, write_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
 from mohge.training.loop.failure import RunFailed, is_lost_touch, writing
@@ -207,26 +207,17 @@ def sole_run(training: TrainingArguments) -> Iterator[None]:
     Raises:
         ValueError: on all ranks, if another process holds it.
     """
-    folder, lock, error, made = Path(training.output_dir), None, None, []
-    try:
+    folder, error = Path(training.output_dir), None
+    with ExitStack() as stack:
         if training.should_save:
             try:
-                made = [path for path in (folder, *folder.parents) if not path.exists()]
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = hold(folder / ".lock", folder)
+                stack.enter_context(sole_writer(folder / ".lock", folder))
             except (ValueError, OSError) as refused:
                 error = refused
         for refused in gather_object([error]):
             if refused is not None:
                 raise refused
         yield
-    finally:
-        if lock is not None:
-            (folder / ".lock").unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is there
-            lock.release()
-        with suppress(OSError):  # until one is not empty
-            for path in made:
-                path.rmdir()
 
 
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:

@@ -133,6 +133,28 @@ def test_a_trained_adapter_is_merged_on_its_own_and_nothing_loads_before_its_che
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+@pytest.mark.parametrize("kind", ["merge", "quantize"])
+def test_a_folder_that_another_command_makes_is_refused(kind, place, adapter, tmp_path, monkeypatch, capsys):
+    flags = {"merge": tmp_path / "new" / "out", "model": adapter, "output_dir": tmp_path / "unused"}
+    if kind == "quantize":
+        flags = {"quantize": "int8", "output_dir": tmp_path / "new" / "out"}
+    load, second = MoHGEForCausalLM.from_pretrained, []
+
+    def load_and_start_the_second(*args, **kwargs):
+        if not second:
+            second.append(None)
+            second[0] = finetune(place, "unused", data=None, **flags)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(MoHGEForCausalLM, "from_pretrained", load_and_start_the_second)
+    assert finetune(place, "unused", data=None, **flags) == 0
+    assert second == [2]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mohge")]
+    assert len(lines) == 1
+    assert "another process is writing" in lines[0]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
 def test_a_merge_that_rounds_the_adapter_away_fails_and_leaves_the_adapter(tmp_path, capsys):
     make_workplace(tmp_path, dtype=torch.bfloat16)
     assert finetune(tmp_path, "lora", lora_rank=2, lora_targets="experts", max_steps=2) == 0
