@@ -100,13 +100,15 @@ def sole_writer(lock: Path, output: Path) -> Iterator[None]:
 @contextmanager
 def new_folder(target: Path, name: str) -> Iterator[Path]:
     """
-    Within this context, an empty folder, as of [`temporary_folder`], in which to make what then is renamed to `target`.
+    Within this context, an empty folder, as of [`temporary_folder`], in which to make what is then renamed to
+    `target`.
 
     Raises:
         ValueError: if another process makes `target`.
         OSError: if it exists.
     """
-    with sole_writer(target.with_name(f".{target.name}.lock"), target), temporary_folder(target.parent, name) as folder:
+    lock = target.with_name(f".{target.name}.lock")
+    with sole_writer(lock, target), temporary_folder(target.parent, name) as folder:
         if target.exists():
             raise FileExistsError(f"{target} exists: name another folder, or remove it first")
         yield folder
