@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.model_cards.folder import TOKENIZER_FILES, check_folder, matching_files
 
@@ -39,6 +40,9 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         tokenizer("a")  # some fields of its config are not looked at before
+        for name, value in get_tokenizer_config(place).items():
+            if name != "tokenizer_class":  # the others are saved again: a class forgets some, such as `legacy`
+                tokenizer.init_kwargs.setdefault(name, value)
         return tokenizer
     except Exception as error:  # those of tokenizers, of a package that is missing, and of Python for broken files
         raise ValueError(
