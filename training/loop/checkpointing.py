@@ -5,7 +5,7 @@ holds it (torch.distributed.checkpoint), so that any other layout, or one proces
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,14 @@ def check_same_model(config: MoHGEConfig, folder: str | Path):
                 )
 
 
-def check_resumable(folder: str | Path, ranks: int):
+def check_resumable(folder: str | Path, ranks: int, more: Iterable[str] = ()):
     """
     Check that a checkpoint holds all that a run needs to go on bit for bit.
 
     Args:
         folder (`str` or `Path`): Folder of the checkpoint.
         ranks (`int`): Number of ranks that wrote it; 0 if that is not known.
+        more (`Iterable[str]`, *optional*): Files that only some runs need.
 
     Raises:
         ValueError: naming the file that is missing.
@@ -74,7 +75,7 @@ def check_resumable(folder: str | Path, ranks: int):
     wanted = [[f"rng_state_{rank}.pth"] for rank in range(ranks)] if ranks > 1 else [["rng_state.pth"]]
     if ranks == 0:
         wanted = [["rng_state.pth", "rng_state_0.pth"]]
-    for names in ([OPTIMIZER_NAME, OPTIMIZER_FOLDER], [SCHEDULER_NAME], *wanted):
+    for names in ([OPTIMIZER_NAME, OPTIMIZER_FOLDER], [SCHEDULER_NAME], *wanted, *([name] for name in more)):
         if not any((folder / name).exists() for name in names):
             raise ValueError(
                 f"{folder} has no {names[0]} (`save_only_model` leaves it out), without which no run goes on to the "

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
@@ -88,7 +88,7 @@ class MoHGETrainer(Trainer):
                 f"{dist.get_world_size()}: on CPU pass use_cpu=True to TrainingArguments"
             )
         self.add_callback(RouterScheduleCallback())
-        self.add_callback(_StartCallback(self))
+        self.add_callback(_MomentsCallback(self))
         if not self._watchdogs():
             self.add_callback(PeerWatchdog())
         if self.label_smoother is not None:
@@ -99,6 +99,7 @@ class MoHGETrainer(Trainer):
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # loss and targets of an evaluation
         config = base_model(self.model).config
         self._traffic = RouterTraffic(config) if config.sparse_layers else None
+        self._epoch_is_over = self._checkpoint_waits = False
         self._staging: str | None = None  # folder of a checkpoint that is being written
         self._resumed_from: str | None = None
         self._traffic_before = []  # the newest records of the steps before the checkpoint that the run goes on from
@@ -261,6 +262,17 @@ class MoHGETrainer(Trainer):
 
     # Checkpoints.
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # A checkpoint of the last step of an epoch waits for what is due at the end of the epoch: log entries and
+        # evaluations belong to its state, and a run that goes on from there begins with the next epoch.
+        control, state = self.control, self.state
+        if self._epoch_is_over:
+            control.should_save |= self._checkpoint_waits
+            self._checkpoint_waits = False
+        elif control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):
+            control.should_save, self._checkpoint_waits = False, True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _get_output_dir(self, trial):
         return self._staging or super()._get_output_dir(trial)
 
@@ -375,6 +387,10 @@ class MoHGETrainer(Trainer):
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
     def load_finished(self, checkpoint: str | None) -> bool:
         """Load the weights and the record of a checkpoint after which there is nothing left to train, and say whether
         it is one. (`Trainer` would train another step.)"""
@@ -471,7 +487,8 @@ class MoHGETrainer(Trainer):
             return
         record = self._read_record(checkpoint)
         ranks = 0 if record is None else len(record["ranks"])
-        check_resumable(checkpoint, ranks)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        check_resumable(checkpoint, ranks, [SCALER_NAME] if scaled else [])
         if ranks not in (0, self.args.world_size) and self.is_world_process_zero():
             logger.warning(
                 f"{checkpoint} is of {ranks} ranks, and here are {self.args.world_size}: random numbers, as of "
@@ -563,12 +580,18 @@ class MoHGETrainer(Trainer):
             everything.save(os.path.join(folder, TRAFFIC_NAME))
 
 
-class _StartCallback(TrainerCallback):
+class _MomentsCallback(TrainerCallback):
     def __init__(self, trainer: MoHGETrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer._begin()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._trainer._epoch_is_over = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._trainer._epoch_is_over = True
 
 
 __all__ = ["MoHGETrainer"]

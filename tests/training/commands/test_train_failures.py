@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from finetune_cases import finetune, make_workplace
 from parallel_training_runs import SECONDS, Ranks
 from pretrain_runs import (
@@ -204,6 +205,17 @@ def test_checkpoint_that_is_not_whole_is_refused(damage, name, begun, inputs, ca
     assert "checkpoint-4" in line
     assert contents(begun) == before
     assert ("as `model`" in line) == (damage == "missing" and name.endswith(("pt", "pth")))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_scale_of_the_loss_belongs_to_the_state_where_a_run_has_one(damage, begun, inputs, monkeypatch, capsys):
+    """As with fp16 on a GPU."""
+    scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(Accelerator, "scaler", property(lambda self: scaler, lambda *_: None), raising=False)
+    torch.save(scaler.state_dict(), begun / "checkpoint-4" / "scaler.pt")
+    spoil(begun / "checkpoint-4" / "scaler.pt", damage)
+    line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
+    assert f"checkpoint-4{' has no ' if damage == 'missing' else '/'}scaler.pt " in line
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "record.json", "traffic.json"])
