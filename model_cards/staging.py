@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -74,7 +76,36 @@ def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
         ) from error
     card = keep_card(folder / "README.md", made, about.get("license"))
     card.save(target / "README.md")
+    _refuse_places(folder, target)
     return card
+
+
+def _refuse_places(folder: Path, target: Path):
+    """What [`without_places`] has not been let change: texts, and the tokenizer itself, whose vocabulary may well have
+    pieces of paths."""
+    own = {str(place) for place in (Path.home(), Path.cwd(), folder.absolute(), folder.resolve()) if place.name}
+    pattern = re.compile(
+        rf"(?<![\w./-])(?:{'|'.join(map(re.escape, sorted(own, key=len, reverse=True)))})(?=/[\w.]|\W*$)"
+    )
+    for name in pushed_files(target):
+        if name.endswith((".safetensors", ".py")):
+            continue
+        text = (target / name).read_bytes().decode("utf-8", errors="replace")
+        texts = _strings(json.loads(text)) if name.endswith(".json") else text.splitlines()
+        for text in texts:
+            if place := pattern.search(text):
+                raise ValueError(
+                    f"{folder / name} names a place of this machine, {place[0]}, and would be pushed: take it out of there"
+                )
+
+
+def _strings(value) -> Iterator[str]:
+    """Every text in a value of JSON; the keys, which are the vocabulary, are left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
 def pushed_files(target: Path) -> list[str]:

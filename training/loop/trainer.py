@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -20,6 +21,7 @@ from mohge.loading import find_not_finite, local_tensor
 from mohge.losses_mohge import at_least_one, targets_per_sequence
 from mohge.model_cards.folder import check_folder
 from mohge.model_cards.writing import write_file
+from mohge.training.tuning.lora import read_adapter
 
 from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
@@ -377,6 +379,8 @@ class MoHGETrainer(Trainer):
         whole = isinstance(model, MoHGEForCausalLM)  # not an adapter on it
         if whole and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
             check_same_model(model.config, resume_from_checkpoint)
+        if isinstance(model, PeftModel):
+            read_adapter(resume_from_checkpoint, base_model(model).config)
         with reading(resume_from_checkpoint):
             if whole and self.is_distributed_loading_by_transformers:
                 load_sharded_weights(model, resume_from_checkpoint)
