@@ -83,20 +83,19 @@ def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
 def _refuse_places(folder: Path, target: Path):
     """What [`without_places`] has not been let change: texts, and the tokenizer itself, whose vocabulary may well have
     pieces of paths."""
-    own = {str(place) for place in (Path.home(), Path.cwd(), folder.absolute(), folder.resolve()) if place.name}
-    pattern = re.compile(
-        rf"(?<![\w./-])(?:{'|'.join(map(re.escape, sorted(own, key=len, reverse=True)))})(?=/[\w.]|\W*$)"
-    )
+    own = "|".join(re.escape(str(place)) for place in (folder.absolute(), folder.resolve(), Path.home()) if place.name)
+    pattern = re.compile(rf"(?<![\w./-])(?:{own})(?=/[\w.]|\W*$)")
     for name in pushed_files(target):
         if name.endswith((".safetensors", ".py")):
             continue
-        text = (target / name).read_bytes().decode("utf-8", errors="replace")
-        texts = _strings(json.loads(text)) if name.endswith(".json") else text.splitlines()
-        for text in texts:
-            if place := pattern.search(text):
-                raise ValueError(
-                    f"{folder / name} names a place of this machine, {place[0]}, and would be pushed: take it out of there"
-                )
+        if name.endswith(".json"):
+            texts = _strings(read_json(target / name))
+        else:
+            texts = (target / name).read_text(encoding="utf-8", errors="replace").splitlines()
+        if place := next(filter(None, map(pattern.search, texts)), None):
+            raise ValueError(
+                f"{folder / name} would be pushed and names {place[0]} of this machine: take that out of it"
+            )
 
 
 def _strings(value) -> Iterator[str]:

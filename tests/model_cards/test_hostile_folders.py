@@ -348,7 +348,7 @@ def test_texts_that_name_a_place_of_this_machine_are_not_pushed(name, where, mod
     stage(folder, tmp_path / "staged", "someone/model")
     TEXTS[name](folder, str(tmp_path / {"home": "home", "folder": "model"}[where]))
     line = assert_refused(["push", folder, "someone/model", "--dry-run"], folder, capsys)
-    assert re.search(f"{re.escape(name)} names a place of this machine, {tmp_path}", line)
+    assert re.search(f"{re.escape(name)} would be pushed and names {tmp_path}", line)
 
 
 def test_nothing_is_written_through_a_link(models, tmp_path):

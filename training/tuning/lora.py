@@ -148,7 +148,7 @@ def read_adapter(folder: str | Path, config: MoHGEConfig) -> PeftConfig:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, re.error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{folder / ADAPTER_CONFIG} is of no adapter on this model ({reason}): train it again"
+            f"{folder / ADAPTER_CONFIG} fits no adapter on this model ({reason}): train it again"
         ) from error
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     with open_weights(folder, ADAPTER) as file:
