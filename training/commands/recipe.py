@@ -25,6 +25,7 @@ from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
 from mohge.training.loop.failure import RunFailed, is_lost_touch, writing
 from mohge.training.loop.trainer import MoHGETrainer
+from mohge.training.loop.watchdog import meet
 
 
 logger = logging.get_logger(__name__)
@@ -118,8 +119,10 @@ def parse_recipe(
             except ValueError as error:
                 raise ValueError(f"`{name}` is {value:.80}, which is no mapping ({error}): mend it") from error
     _check_numbers(values)
+    store = meet()
     with one_line_errors():
-        parsed = list(parser.parse_dict(values))
+        parsed = list(parser.parse_dict(values))  # `TrainingArguments` makes the process group
+    del store
     for training in (part for part in parsed if isinstance(part, TrainingArguments)):
         _check_schedule(training)
     return parsed, given

@@ -21,7 +21,7 @@ from pretrain_runs import (
     contents,
     make_inputs,
     run_command,
-    run_command_as_first_of_two,
+    run_command_alone_of_two,
     run_command_of_each,
     run_command_stopped_in_step,
     run_command_with_fault,
@@ -289,12 +289,20 @@ def test_error_of_one_rank_is_said_by_it_and_ends_the_other(inputs, cache, tmp_p
     assert "lost touch with another rank" in only_line(ranks.errors(0))
 
 
-def test_port_in_use_is_said_in_one_line(inputs, cache, tmp_path):
+@pytest.mark.parametrize("case", ["port in use", "second missing", "first missing"])
+def test_ranks_that_cannot_meet_say_so_in_one_line(case, inputs, cache, tmp_path):
     with socket.socket() as used:
         used.bind(("127.0.0.1", 0))
-        used.listen()
+        if case == "port in use":
+            used.listen()
+        port, rank = used.getsockname()[1], int(case == "first missing")
+        if case == "second missing":
+            used.close()
         flags = arguments(inputs, tmp_path / "run")
-        ranks = Ranks(1, tmp_path / "logs", run_command_as_first_of_two, used.getsockname()[1], cache, *flags)
+        ranks = Ranks(1, tmp_path / "logs", run_command_alone_of_two, rank, port, cache, *flags)
         assert ranks.wait(seconds=60) == [1], ranks.errors()
-    assert "lost touch with another rank" in only_line(ranks.errors())
+    message = (
+        "of 2 ranks, 1 did not start within 3 sec" if case == "second missing" else "lost touch with another rank"
+    )
+    assert message in only_line(ranks.errors())
     assert not (tmp_path / "run").exists()
