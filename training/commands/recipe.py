@@ -137,7 +137,12 @@ def _check_numbers(values: dict[str, Any]):
 
 
 def _check_schedule(training: TrainingArguments):
-    """Try the learning-rate schedule out, which `Trainer` does after everything else."""
+    """Try the learning-rate schedule out, which `Trainer` does after everything else, and look at the name of what it
+    compares models by."""
+    if training.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"`metric_for_best_model` is {training.metric_for_best_model}, which no evaluation has: give loss"
+        )
     optimizer = torch.optim.SGD([torch.zeros(1)])
     if training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         return  # which need more than a number of steps
