@@ -123,6 +123,13 @@ def parse_recipe(
     with one_line_errors():
         parsed = list(parser.parse_dict(values))  # `TrainingArguments` makes the process group
     del store
+    # Ranks that do not do the same wait for each other for ever.
+    first, *others = gather_object([{name: given[name] for name in given.keys() - _PATHS - _MAY_DIFFER}])
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            one, another = (values.get(name, "by default") for values in (first, other))
+            if one != another:
+                raise ValueError(f"`{name}` is {one} on rank 0 and {another} on rank {rank}: give all ranks the same")
     for training in (part for part in parsed if isinstance(part, TrainingArguments)):
         _check_schedule(training)
     return parsed, given

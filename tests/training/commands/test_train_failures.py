@@ -289,6 +289,14 @@ def test_error_of_one_rank_is_said_by_it_and_ends_the_other(inputs, cache, tmp_p
     assert "lost touch with another rank" in only_line(ranks.errors(0))
 
 
+def test_ranks_with_other_arguments_are_refused(inputs, cache, tmp_path):
+    flags = [arguments(inputs, tmp_path / "run", max_steps=steps) for steps in (4, 2)]
+    ranks = Ranks(2, tmp_path / "logs", run_command_of_each, cache, flags)
+    assert ranks.wait(seconds=60) == [2, 2], ranks.errors()
+    assert "`max_steps` is 4 on rank 0 and 2 on rank 1: give all ranks the same" in only_line(ranks.errors())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("case", ["port in use", "second missing", "first missing"])
 def test_ranks_that_cannot_meet_say_so_in_one_line(case, inputs, cache, tmp_path):
     with socket.socket() as used:
