@@ -150,6 +150,8 @@ def _check_schedule(training: TrainingArguments):
         raise ValueError(
             f"`metric_for_best_model` is {training.metric_for_best_model}, which no evaluation has: give loss"
         )
+    if training.torch_compile_mode not in (None, *torch._inductor.list_mode_options()):
+        raise ValueError(f"`torch_compile_mode` is {training.torch_compile_mode}, which torch.compile does not have")
     optimizer = torch.optim.SGD([torch.zeros(1)])
     if training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         return  # which need more than a number of steps

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
@@ -26,12 +26,15 @@ from mohge.training.tuning.lora import read_adapter
 from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
     OPTIMIZER_FOLDER,
+    RECORD_NAME,
     check_resumable,
     check_same_model,
     load_optimizer,
     load_scheduler,
     load_sharded_weights,
+    read_record,
     read_state,
+    read_trainer_state,
     reading,
 )
 from .failure import RunFailed, writing
@@ -44,11 +47,6 @@ logger = logging.get_logger(__name__)
 
 TRAFFIC_NAME = "traffic.json"
 """File of a run or checkpoint that holds its newest routing."""
-
-RECORD_NAME = "record.json"
-"""File of a checkpoint that holds what has been summed up for log entries to come."""
-
-_RECORD = {"total_loss", "loss_since", "last_logged", "first_step", "batches", "ranks"}
 
 LOAD_RECORDS = 256
 """Largest number of entries of `log_history` that hold every expert's load."""
@@ -400,11 +398,7 @@ class MoHGETrainer(Trainer):
         it is one. (`Trainer` would train another step.)"""
         if checkpoint is None:
             return False
-        file = os.path.join(checkpoint, TRAINER_STATE_NAME)
-        try:
-            state = TrainerState.load_from_json(file)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
+        state = read_trainer_state(checkpoint)
         if self.args.max_steps > 0:
             finished = state.global_step >= self.args.max_steps
         else:
@@ -414,7 +408,7 @@ class MoHGETrainer(Trainer):
             best = self.args.load_best_model_at_end and state.best_model_checkpoint
             self._load_best_model() if best else self._load_from_checkpoint(checkpoint)
             self._check_start(state.best_model_checkpoint if best else checkpoint)
-            record = self._read_record(checkpoint)
+            record = read_record(checkpoint)
             if record is not None:
                 self._restore_record(record, checkpoint)
                 self._total_loss_scalar += self._tr_loss.item()
@@ -489,7 +483,8 @@ class MoHGETrainer(Trainer):
         check_folder(Path(checkpoint))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which have files of their own
             return
-        record = self._read_record(checkpoint)
+        read_trainer_state(checkpoint)
+        record = read_record(checkpoint)
         ranks = 0 if record is None else len(record["ranks"])
         scaled = getattr(self.accelerator, "scaler", None) is not None
         check_resumable(checkpoint, ranks, [SCALER_NAME] if scaled else [])
@@ -503,7 +498,7 @@ class MoHGETrainer(Trainer):
         """What is left to do when everything has been loaded, before the first step."""
         self._check_start(self._resumed_from)
         self._loss_since = self.state.global_step
-        record = None if self._resumed_from is None else self._read_record(self._resumed_from)
+        record = None if self._resumed_from is None else read_record(self._resumed_from)
         if record is not None:
             with reading(self._resumed_from):
                 self._restore_record(record, self._resumed_from)
@@ -531,18 +526,6 @@ class MoHGETrainer(Trainer):
         if self.args.should_save:
             write_file(Path(folder) / RECORD_NAME, json.dumps(record))
         self._save_traffic(folder)
-
-    def _read_record(self, checkpoint: str) -> dict | None:
-        file = Path(checkpoint) / RECORD_NAME
-        if not file.exists():
-            return None  # of a plain Trainer
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if not (isinstance(record, dict) and record.keys() >= _RECORD and isinstance(record["ranks"], list)):
-                raise ValueError(f"it is no object with {', '.join(sorted(_RECORD))}")
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
-        return record
 
     def _restore_record(self, record: dict, checkpoint: str):
         ranks, here = record["ranks"], self.args.world_size

@@ -1,5 +1,6 @@
 """`mohge train` and `mohge finetune` that cannot go on: they say why in one line, and what was good stays."""
 
+import json
 import os
 import re
 import shutil
@@ -223,6 +224,20 @@ def test_checkpoint_that_is_broken_is_refused(name, begun, inputs, capsys):
     spoil(begun / "checkpoint-4" / name, "cut off")
     line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
     assert f"checkpoint-4/{name} " in line
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "record.json"])
+def test_checkpoint_whose_state_has_something_else_is_refused(file, begun, inputs, capsys):
+    path = begun / "checkpoint-4" / file
+    content = json.loads(path.read_text())
+    names = {"total_loss", "loss_since", "last_logged", "first_step", "batches", "ranks"}
+    if file == "trainer_state.json":
+        names = {"global_step", "epoch", "log_history", "save_steps", "train_batch_size", "best_model_checkpoint"}
+    for name in names:
+        for value in (-1.5, float("nan"), "x") if name not in ("total_loss", "best_model_checkpoint") else ([],):
+            path.write_text(json.dumps(content | {name: value}))
+            line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
+            assert f"{file} cannot be read (`{name}` is {value!r})" in line
 
 
 def test_checkpoint_of_an_adapter_that_is_broken_is_refused(tmp_path, capsys):
