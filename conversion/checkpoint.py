@@ -11,7 +11,6 @@ from threading import Thread
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -25,6 +24,7 @@ from mohge.model_cards.folder import (
     read_json,
     weight_files,
 )
+from mohge.model_cards.records import is_hub_id
 
 from .decoders import Decoder, own
 
@@ -64,7 +64,7 @@ def find_source(
         fields = read_config(path)
         check(path, fields)
         return path, None, fields
-    if path.exists() or source.count("/") > 1:
+    if not is_hub_id(source):
         raise ValueError(f"{source} is not a folder: give the folder of a checkpoint, or a Hub id such as org/name")
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", INDEX, *SIDE_FILES]))
@@ -72,7 +72,7 @@ def find_source(
         check(path, fields)
         shards = [*set(read_index(path).values())] if (path / INDEX).is_file() else [SINGLE]
         snapshot_download(source, revision=path.name, allow_patterns=shards)
-    except (OSError, HFValidationError) as error:
+    except OSError as error:
         raise ValueError(f"{source} is neither a folder nor a reachable Hub repository ({error})") from error
     return path, path.name, fields
 

@@ -4,8 +4,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.model_cards.folder import TOKENIZER_FILES, check_folder, matching_files
+from mohge.model_cards.records import is_hub_id
 
 
 _TEXTS = ("", " ", "Hello world", "  two spaces", "one at the end ", "a  b   c", "\ttab\n\n\nlines \r\n  indented")
@@ -36,9 +38,14 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     """
     if Path(place).is_dir() and not matching_files(Path(place), TOKENIZER_FILES):
         return None
+    if not Path(place).exists() and not is_hub_id(str(place)):
+        raise ValueError(f"{place} does not exist: give the folder of a tokenizer, or a Hub id such as org/name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         tokenizer("a")  # some fields of its config are not looked at before
+        for name, value in get_tokenizer_config(place).items():
+            if name != "tokenizer_class":  # the others are saved again: a class forgets some, such as `legacy`
+                tokenizer.init_kwargs.setdefault(name, value)
         return tokenizer
     except Exception as error:  # those of tokenizers, of a package that is missing, and of Python for broken files
         raise ValueError(

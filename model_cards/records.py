@@ -26,7 +26,9 @@ _OWN_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_token
 
 def is_hub_id(text: object) -> bool:
     """Whether `text` has the form `namespace/name` of the Hub, and is nothing on this machine."""
-    if not isinstance(text, str) or text.count("/") != 1 or text.endswith(_DATA) or Path(text).exists():
+    if not isinstance(text, str) or not text.isprintable() or text.count("/") != 1 or text.endswith(_DATA):
+        return False
+    if Path(text).exists():
         return False
     try:
         validate_repo_id(text)

@@ -5,6 +5,7 @@ from pathlib import Path
 from mohge import MoHGEConfig
 
 from .folder import check_folder, read_json
+from .records import is_hub_id
 
 
 _FOLDER = Path(__file__).parent
@@ -36,7 +37,7 @@ def load_config(source: str) -> MoHGEConfig:
         values = read_json(path)
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: give the folder of a saved model")
-    elif not path.exists() and (source.count("/") != 1 or path.suffix == ".json"):  # not the form of a Hub id either
+    elif not path.exists() and not is_hub_id(source):
         raise FileNotFoundError(
             f"{source} does not exist: give a config.json, the folder of a saved model, or one of the recipes "
             f"{', '.join(shipped_recipes())}"

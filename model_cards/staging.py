@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -74,7 +76,35 @@ def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
         ) from error
     card = keep_card(folder / "README.md", made, about.get("license"))
     card.save(target / "README.md")
+    _refuse_places(folder, target)
     return card
+
+
+def _refuse_places(folder: Path, target: Path):
+    """What [`without_places`] has not been let change: texts, and the tokenizer itself, whose vocabulary may well have
+    pieces of paths."""
+    own = "|".join(re.escape(str(place)) for place in (folder.absolute(), folder.resolve(), Path.home()) if place.name)
+    pattern = re.compile(rf"(?<![\w./-])(?:{own})(?=/[\w.]|\W*$)")
+    for name in pushed_files(target):
+        if name.endswith((".safetensors", ".py")):
+            continue
+        if name.endswith(".json"):
+            texts = _strings(read_json(target / name))
+        else:
+            texts = (target / name).read_text(encoding="utf-8", errors="replace").splitlines()
+        if place := next(filter(None, map(pattern.search, texts)), None):
+            raise ValueError(
+                f"{folder / name} would be pushed and names {place[0]} of this machine: take that out of it"
+            )
+
+
+def _strings(value) -> Iterator[str]:
+    """Every text in a value of JSON; the keys, which are the vocabulary, are left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
 def pushed_files(target: Path) -> list[str]:

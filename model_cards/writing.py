@@ -73,6 +73,47 @@ def write_file(path: Path, text: str):
         os.replace(folder / path.name, path)
 
 
+@contextmanager
+def sole_writer(lock: Path, output: Path) -> Iterator[None]:
+    """
+    Within this context no other process that locks the file `lock` writes `output`. Folders that were made for the
+    lock, and hold nothing else at the end, are removed.
+
+    Raises:
+        ValueError: if another process has locked it.
+    """
+    made = [path for path in lock.parents if not path.exists()]
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = hold(lock, output)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is there
+            held.release()
+    finally:
+        with suppress(OSError):  # until one is not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextmanager
+def new_folder(target: Path, name: str) -> Iterator[Path]:
+    """
+    Within this context, an empty folder, as of [`temporary_folder`], in which to make what is then renamed to
+    `target`.
+
+    Raises:
+        ValueError: if another process makes `target`.
+        OSError: if it exists.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    with sole_writer(lock, target), temporary_folder(target.parent, name) as folder:
+        if target.exists():
+            raise FileExistsError(f"{target} exists: name another folder, or remove it first")
+        yield folder
+
+
 def hold(file: Path, output: Path) -> FileLock:
     """
     Lock `file`, which says that this process writes `output`. The system lets go of it when the process ends, however

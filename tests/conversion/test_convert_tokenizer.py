@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,9 @@ from backbone_cases import tiny_config
 from conversion_cases import COPY, REGROUP, add_tokenizer, assert_refused, convert, make_source, read_report
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mohge.commands.main import main
+from mohge.model_cards import push
 
 
 TEXTS = ["Hello world", "  two spaces\tand a tab ", "1 23 456.7", "a\n\n\nb", "Größe 日本語 Привет 🙂", "I'm", " ", ""]
@@ -101,6 +105,27 @@ def test_same_class_and_ids(case, result, folders):
     report = read_report(folders / case / result)["tokenizer"]
     assert (report["class"], report["class_after"], report["different"]) == (source[0], source[0], [])
     assert report["texts"] > len(TEXTS)
+
+
+def test_whoever_saves_a_model_again_keeps_its_tokenizer(folders, tmp_path, monkeypatch):
+    """Also what the tokenizer's class does not save."""
+    model = folders / "llama" / "out"
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS * 40))
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    common = ["--model", model, "--report_to", "none", "--use_cpu"]
+    run = [*common, "--datasets", tmp_path / "text.txt", "--sequence_length", 16, "--max_steps", 1]
+    tune = ["--lora_rank", 2, "--merge", tmp_path / "merged", "--chat_template", tmp_path / "chat.jinja"]
+    for command in (
+        ["train", *run, "--output_dir", tmp_path / "trained"],
+        ["finetune", *run, "--output_dir", tmp_path / "tuned", *tune],
+        ["finetune", *common, "--quantize", "int8", "--output_dir", tmp_path / "quantized"],
+    ):
+        assert main([*map(str, command)]) == 0
+    monkeypatch.setattr(push, "push_folder", lambda folder, *_, **__: shutil.copytree(folder, tmp_path / "pushed"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged").push_to_hub("someone/model")
+    wanted = encoded(AutoTokenizer.from_pretrained(model))
+    for name in ("trained", "tuned", "merged", "quantized", "pushed"):
+        assert encoded(AutoTokenizer.from_pretrained(tmp_path / name)) == wanted, name
 
 
 def test_without_the_package(folders, tmp_path):

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ from mohge import MoHGEConfig
 from mohge.commands.main import main
 from mohge.training import MoHGETrainer
 from mohge.training.data.corpus import train_tokenizer
+from mohge.training.loop import watchdog
 
 
 VOCABULARY = 300
@@ -154,9 +156,10 @@ def run_command_of_each(cache: Path, flags_of_ranks: list[list[str]]):
     run_command(cache, *flags_of_ranks[int(os.environ["RANK"])])
 
 
-def run_command_as_first_of_two(port: int, cache: Path, *flags: str):
-    """The same as rank 0 of two, where the other one is not."""
-    os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def run_command_alone_of_two(rank: int, port: int, cache: Path, *flags: str):
+    """The same as one rank of two, where the other one is not."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    watchdog.STARTING = timedelta(seconds=3)
     run_command(cache, *flags)
 
 

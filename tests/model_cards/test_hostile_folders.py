@@ -316,6 +316,41 @@ def test_pushed_files_have_no_paths(models, tmp_path):
     assert json.loads((staged / "generation_config.json").read_text())["compile_cache"] == "cache"
 
 
+def _in_tokenizer(folder, place):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"][f"{place}/x"] = 299  # a token is no path
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [], "from": [{"file": f"{place}/merges"}]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer).replace("/", "\\/"))
+
+
+def _in(name, text):
+    return lambda folder, place: (folder / name).write_text(text.replace("PLACE", place))
+
+
+TEXTS = {
+    "tokenizer.json": _in_tokenizer,
+    "chat_template.jinja": _in("chat_template.jinja", "{% include 'PLACE/x.jinja' %}"),
+    "README.md": _in("README.md", "# Mine\nTrained in PLACE."),
+    "LICENSE": _in("LICENSE", "see PLACE/LICENSE"),
+    "added_tokens.json": _in("added_tokens.json", '{"of": "PLACE/x"}'),
+    "sentencepiece.model": _in("sentencepiece.model", "\0\x12PLACE/corpus.txt\xff"),
+}
+
+
+@pytest.mark.parametrize("where", ["home", "folder"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_that_name_a_place_of_this_machine_are_not_pushed(name, where, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / "model"
+    shutil.copytree(models / "mohge", folder)
+    TEXTS[name](folder, "/somewhere/else")
+    (tmp_path / "staged").mkdir()
+    stage(folder, tmp_path / "staged", "someone/model")
+    TEXTS[name](folder, str(tmp_path / {"home": "home", "folder": "model"}[where]))
+    line = assert_refused(["push", folder, "someone/model", "--dry-run"], folder, capsys)
+    assert re.search(f"{re.escape(name)} would be pushed and names {tmp_path}", line)
+
+
 def test_nothing_is_written_through_a_link(models, tmp_path):
     model, precious = tmp_path / "model", tmp_path / "precious"
     shutil.copytree(models / "mohge", model)

@@ -20,7 +20,7 @@ from transformers import (
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.model_cards.reload import CACHE_TOLERANCE, cache_error
-from mohge.model_cards.writing import temporary_folder
+from mohge.model_cards.writing import new_folder
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
 from mohge.training.data.packing import TextSource, batches, collate_packed, packed_blocks
 from mohge.training.loop.trainer import MoHGETrainer
@@ -95,8 +95,7 @@ def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int
     if steps < 1:
         raise ValueError(f"--steps is {steps}: it must be at least 1")
     target = _free_path(output, f"mohge-demo-{router}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target.parent, "demo") as temporary:
+    with new_folder(target, "demo") as temporary:
         folder = temporary / "demo"
         checks_passed = _run(router, folder, steps, seed)
         folder.rename(target)  # only now, so that an interrupted run leaves nothing

@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.model} is a recipe without weights: train it first (mohge train {options.model})")
     config = load_config(options.model)
     file = _output_file(options)
-    results = _read_results(file)
+    _read_results(file)  # before anything is computed
     length = check_sequence_length(options.sequence_length, config)
     device = options.device or torch.accelerator.current_accelerator() or "cpu"
     tokenizer = required_tokenizer(options.model)
@@ -121,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
         if not math.isfinite(metrics["perplexity"]):
             print("CHECK FAILED: the perplexity is not finite, nothing is written")
             return 1
+    results = _read_results(file)  # others may have been added meanwhile
     if statistics is not None:
         results["router"] = {"summary": statistics.summary(), "table": statistics.table()}
         print(f"\n{format_router_table(statistics)}")

@@ -26,6 +26,7 @@ _LEFT_BEHIND = {
     "train": "the same command goes on from the last checkpoint",
     "finetune": "the same command goes on from the last checkpoint",
 }
+_NOTHING = "nothing was written"
 _PATIENCE = timedelta(seconds=10)
 """For the first of several ranks to say why it ends."""
 
@@ -54,16 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        left = _LEFT_BEHIND.get(options.command, "nothing was written")
+        left = _LEFT_BEHIND.get(options.command, _NOTHING)
         print(f"\nmohge {options.command}: interrupted, {left}", file=sys.stderr)
         return 1
     except Exception as error:
-        from mohge.training.loop.failure import RunFailed, is_lost_touch
+        from mohge.training.loop.failure import RunFailed, is_lost_touch, lacks_room
 
         reason, failed = " ".join(str(error).split()), isinstance(error, RunFailed)
         if is_lost_touch(error):
             failed, first = True, str(error).partition("\n")[0]
             reason = f"lost touch with another rank ({first}): see what that one says, and start all again"
+        elif lacks_room(error) and not failed:
+            failed, reason = True, f"{reason}: make room; {_LEFT_BEHIND.get(options.command, _NOTHING)}"
         elif not (failed or _is_users(error)):
             raise
         line = f"mohge {options.command}: {reason}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from mohge import MoHGEConfig
-from mohge.model_cards.writing import temporary_folder
+from mohge.model_cards.writing import new_folder
 from mohge.training.loop.traffic import RouterTraffic
 from mohge.training.placement.allocations import ALLOCATIONS, fitting_devices, misfit
 from mohge.training.placement.costs import AllocationCosts, Workload, allocation_costs, dense_flops, layer_loads
@@ -105,8 +105,7 @@ def _check_options(options: argparse.Namespace):
 def _write_folder(
     target: Path, options: argparse.Namespace, workload: Workload, report: dict, costs: dict[str, AllocationCosts]
 ):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target.parent, "place") as temporary:
+    with new_folder(target, "place") as temporary:
         folder = temporary / "place"
         folder.mkdir()
         length = report["sequence_length"]

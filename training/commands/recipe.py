@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from transformers.utils import CONFIG_NAME, logging
 
 from mohge.model_cards.records import parse_yaml
 from mohge.model_cards.shipped import shipped_file
-from mohge.model_cards.writing import hold, write_file
+from mohge.model_cards.writing import sole_writer, write_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
 from mohge.training.loop.failure import RunFailed, is_lost_touch, writing
 from mohge.training.loop.trainer import MoHGETrainer
+from mohge.training.loop.watchdog import meet
 
 
 logger = logging.get_logger(__name__)
@@ -118,8 +119,17 @@ def parse_recipe(
             except ValueError as error:
                 raise ValueError(f"`{name}` is {value:.80}, which is no mapping ({error}): mend it") from error
     _check_numbers(values)
+    store = meet()
     with one_line_errors():
-        parsed = list(parser.parse_dict(values))
+        parsed = list(parser.parse_dict(values))  # `TrainingArguments` makes the process group
+    del store
+    # Ranks that do not do the same wait for each other for ever.
+    first, *others = gather_object([{name: given[name] for name in given.keys() - _PATHS - _MAY_DIFFER}])
+    for rank, other in enumerate(others, 1):
+        for name in sorted(first.keys() | other.keys()):
+            one, another = (values.get(name, "by default") for values in (first, other))
+            if one != another:
+                raise ValueError(f"`{name}` is {one} on rank 0 and {another} on rank {rank}: give all ranks the same")
     for training in (part for part in parsed if isinstance(part, TrainingArguments)):
         _check_schedule(training)
     return parsed, given
@@ -134,7 +144,14 @@ def _check_numbers(values: dict[str, Any]):
 
 
 def _check_schedule(training: TrainingArguments):
-    """Try the learning-rate schedule out, which `Trainer` does after everything else."""
+    """Try the learning-rate schedule out, which `Trainer` does after everything else, and look at the name of what it
+    compares models by."""
+    if training.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"`metric_for_best_model` is {training.metric_for_best_model}, which no evaluation has: give loss"
+        )
+    if training.torch_compile_mode not in (None, *torch._inductor.list_mode_options()):
+        raise ValueError(f"`torch_compile_mode` is {training.torch_compile_mode}, which torch.compile does not have")
     optimizer = torch.optim.SGD([torch.zeros(1)])
     if training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         return  # which need more than a number of steps
@@ -207,26 +224,17 @@ def sole_run(training: TrainingArguments) -> Iterator[None]:
     Raises:
         ValueError: on all ranks, if another process holds it.
     """
-    folder, lock, error, made = Path(training.output_dir), None, None, []
-    try:
+    folder, error = Path(training.output_dir), None
+    with ExitStack() as stack:
         if training.should_save:
             try:
-                made = [path for path in (folder, *folder.parents) if not path.exists()]
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = hold(folder / ".lock", folder)
+                stack.enter_context(sole_writer(folder / ".lock", folder))
             except (ValueError, OSError) as refused:
                 error = refused
         for refused in gather_object([error]):
             if refused is not None:
                 raise refused
         yield
-    finally:
-        if lock is not None:
-            (folder / ".lock").unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is there
-            lock.release()
-        with suppress(OSError):  # until one is not empty
-            for path in made:
-                path.rmdir()
 
 
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:

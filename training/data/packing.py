@@ -19,11 +19,10 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
-from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from mohge import MoHGEConfig
-from mohge.model_cards.records import parse_yaml
+from mohge.model_cards.records import is_hub_id, parse_yaml
 
 from .corpus import STANDARD_LIBRARY, standard_library_texts
 
@@ -130,8 +129,8 @@ def read_rows(source: TextSource, streaming: bool = False) -> Dataset | Iterable
         next(iter(rows))
     except StopIteration as error:
         raise ValueError(f"{source.path} has no rows in its split `{source.split}`: give text") from error
-    except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+    except Exception as error:  # those of `datasets` and of all that reads for it
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ValueError(f"{source.path} cannot be read as text ({reason})") from error
     return rows
 
@@ -152,8 +151,8 @@ def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
         if path.suffix not in FORMATS:
             raise ValueError(f"its ending is {path.suffix or 'missing'}, not one of .txt, {', '.join(FORMATS)}")
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split, streaming=streaming)
-    elif path.suffix in (".txt", *FORMATS):
-        raise FileNotFoundError("there is no such file")  # the Hub has no data set of this name, and takes time
+    elif not path.exists() and not is_hub_id(source.path):  # for which the Hub would be asked for long
+        raise FileNotFoundError("there is no such file or folder, and ids of the Hub are of the form namespace/name")
     else:
         return load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=streaming

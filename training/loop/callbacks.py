@@ -8,6 +8,7 @@ import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from mohge import MoHGEForCausalLM
 
@@ -25,40 +26,70 @@ class RouterScheduleCallback(TrainerCallback):
         base_model(model).set_training_progress(state.global_step / state.max_steps)
 
 
-class RouterLogCallback(TrainerCallback):
+class RouterLogCallback(TrainerCallback, ExportableState):
     """
     Adds the figures of [`RouterStatistics.summary`], under `router/`, to what a plain `Trainer` logs, for models with
-    a router loss. Reporters of `report_to` run before the callbacks that `Trainer` is given; to have the figures
-    there too, put this one first:
+    a router loss. What has been counted since the last entry is part of checkpoints, so that the next entry of a run
+    that goes on covers all its steps. Reporters of `report_to` run before the callbacks that `Trainer` is given; to
+    have the figures there too, put this one first:
 
     ```python
     >>> trainer.callback_handler.callbacks.insert(0, RouterLogCallback())
     ```
     """
 
+    def __init__(self):
+        self._statistics: RouterStatistics | None = None
+
+    def state(self) -> dict:
+        """What `Trainer` puts into a checkpoint."""
+        sums = self._statistics and [total.tolist() for total in self._statistics.tensors()]
+        return {"args": {}, "attributes": {"sums": sums}}
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model = base_model(model)
         dense = dense_parameters(model)
         self._new_statistics = lambda: RouterStatistics(model.config, dense)
-        self._statistics = self._new_statistics()
+        self._start()
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        sums = saved["attributes"]["sums"] if state.global_step else None
+        self._counted = bool(sums)
+        if sums and args.process_index == 0:  # of all ranks
+            self._statistics.set_tensors([*map(torch.tensor, sums)])
         self._hook = model.register_forward_hook(self._count, with_kwargs=True)
+
+    def _start(self):
+        self._statistics, self._counted = self._new_statistics(), False  # the latter is the same on all ranks
+
+    def _gather(self, args):
+        """Add up over ranks what was counted; the first one keeps it."""
+        if args.world_size > 1:
+            for total in self._statistics.tensors():
+                dist.all_reduce(total)
+                total.mul_(args.process_index == 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and self._counted:  # only the first rank is asked for its `state`
+            self._gather(args)
+
+    on_epoch_end = on_step_end
 
     def _count(self, model: nn.Module, args: tuple, kwargs: dict, output):
         if model.training and getattr(output, "tokens_per_expert", None) is not None:
             mask = kwargs.get("attention_mask")
             tokens = output.logits.shape[:2].numel() if mask is None else mask.sum()
             self._statistics.add(output.tokens_per_expert, tokens)
+            self._counted = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or self._statistics.tokens == 0:
+        if "loss" not in logs or not self._counted:
             return
-        if args.world_size > 1:
-            for total in self._statistics.tensors():
-                dist.all_reduce(total)
-        figures = {f"router/{name}": value for name, value in self._statistics.summary().items()}
-        logs.update(figures)
-        state.log_history[-1].update(figures)
-        self._statistics = self._new_statistics()
+        self._gather(args)
+        if args.process_index == 0:
+            figures = {f"router/{name}": value for name, value in self._statistics.summary().items()}
+            logs.update(figures)
+            state.log_history[-1].update(figures)
+        self._start()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._hook.remove()

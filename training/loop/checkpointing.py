@@ -4,8 +4,9 @@ holds it (torch.distributed.checkpoint), so that any other layout, or one proces
 """
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerState
 from transformers.distributed.checkpoint import _redistribute_state_dict, load_optimizer_distributed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 
 from mohge import MoHGEConfig
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
+from mohge.model_cards.folder import read_json
 from mohge.model_cards.shipped import load_config
 
 from .failure import is_lost_touch
 
+
+RECORD_NAME = "record.json"
+"""File of a checkpoint that holds what has been summed up for log entries to come."""
 
 OPTIMIZER_FOLDER = "optimizer"
 """Folder of a checkpoint that holds the optimizer's state of a sharded run."""
@@ -59,13 +64,14 @@ def check_same_model(config: MoHGEConfig, folder: str | Path):
                 )
 
 
-def check_resumable(folder: str | Path, ranks: int):
+def check_resumable(folder: str | Path, ranks: int, more: Iterable[str] = ()):
     """
     Check that a checkpoint holds all that a run needs to go on bit for bit.
 
     Args:
         folder (`str` or `Path`): Folder of the checkpoint.
         ranks (`int`): Number of ranks that wrote it; 0 if that is not known.
+        more (`Iterable[str]`, *optional*): Files that only some runs need.
 
     Raises:
         ValueError: naming the file that is missing.
@@ -74,12 +80,69 @@ def check_resumable(folder: str | Path, ranks: int):
     wanted = [[f"rng_state_{rank}.pth"] for rank in range(ranks)] if ranks > 1 else [["rng_state.pth"]]
     if ranks == 0:
         wanted = [["rng_state.pth", "rng_state_0.pth"]]
-    for names in ([OPTIMIZER_NAME, OPTIMIZER_FOLDER], [SCHEDULER_NAME], *wanted):
+    for names in ([OPTIMIZER_NAME, OPTIMIZER_FOLDER], [SCHEDULER_NAME], *wanted, *([name] for name in more)):
         if not any((folder / name).exists() for name in names):
             raise ValueError(
                 f"{folder} has no {names[0]} (`save_only_model` leaves it out), without which no run goes on to the "
                 "same weights: start another run from its weights, with it as `model`"
             )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+_STATE = {
+    **dict.fromkeys(("global_step", "train_batch_size"), _is_count),
+    **dict.fromkeys(("epoch", "total_flos"), lambda value: _is_number(value) and value >= 0),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), lambda value: _is_number(value) and value > 0),
+    "log_history": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+    "best_model_checkpoint": lambda value: isinstance(value, str | None),
+    "stateful_callbacks": lambda value: isinstance(value, dict) and "TrainerControl" in value,
+}
+_RECORD = {
+    "total_loss": _is_number,
+    **dict.fromkeys(("loss_since", "last_logged", "batches"), _is_count),
+    "first_step": lambda value: value is None or _is_count(value),
+    "ranks": lambda value: isinstance(value, list) and value and all(map(_is_rank, value)),
+}
+
+
+def _is_rank(own: Any) -> bool:
+    """Whether this is what one rank puts into a record."""
+    if not isinstance(own, dict) or not {"loss", "sums", "router"} <= own.keys() or not isinstance(own["sums"], dict):
+        return False
+    return all(map(_is_number, (own["loss"], *own["sums"].values()))) and isinstance(own["router"], list | None)
+
+
+def read_trainer_state(folder: str | Path) -> TrainerState:
+    """
+    The state of the `Trainer` that wrote the checkpoint `folder`.
+
+    Raises:
+        ValueError: naming what it does not have as it should be.
+        OSError: if there is none.
+    """
+    return TrainerState(**_read_fields(Path(folder) / TRAINER_STATE_NAME, _STATE))
+
+
+def read_record(folder: str | Path) -> dict | None:
+    """What a checkpoint holds for log entries to come; None of a plain `Trainer`. Errors as [`read_trainer_state`]."""
+    file = Path(folder) / RECORD_NAME
+    return _read_fields(file, _RECORD) if file.exists() else None
+
+
+def _read_fields(file: Path, fields: dict[str, Callable[[Any], bool]]) -> dict:
+    content = read_json(file)
+    for name, fits in fields.items():
+        if name not in content or not fits(content[name]):
+            found = repr(content[name])[:80] if name in content else "missing"
+            raise ValueError(f"{file} cannot be read (`{name}` is {found}): go on from another checkpoint")
+    return content
 
 
 @contextmanager

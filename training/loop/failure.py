@@ -1,11 +1,15 @@
 """How a run ends that cannot go on."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class RunFailed(RuntimeError):
@@ -15,6 +19,15 @@ class RunFailed(RuntimeError):
 def is_lost_touch(error: BaseException) -> bool:
     """Whether an error says that the ranks of a run cannot reach each other."""
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+
+
+def lacks_room(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that a file could not grow."""
+    while error is not None:
+        if getattr(error, "errno", None) in _NO_ROOM or any(f"(os error {n})" in str(error) for n in _NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed.checkpoint import save_optimizer_distributed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
@@ -20,16 +21,20 @@ from mohge.loading import find_not_finite, local_tensor
 from mohge.losses_mohge import at_least_one, targets_per_sequence
 from mohge.model_cards.folder import check_folder
 from mohge.model_cards.writing import write_file
+from mohge.training.tuning.lora import read_adapter
 
 from .callbacks import RouterScheduleCallback, base_model
 from .checkpointing import (
     OPTIMIZER_FOLDER,
+    RECORD_NAME,
     check_resumable,
     check_same_model,
     load_optimizer,
     load_scheduler,
     load_sharded_weights,
+    read_record,
     read_state,
+    read_trainer_state,
     reading,
 )
 from .failure import RunFailed, writing
@@ -42,11 +47,6 @@ logger = logging.get_logger(__name__)
 
 TRAFFIC_NAME = "traffic.json"
 """File of a run or checkpoint that holds its newest routing."""
-
-RECORD_NAME = "record.json"
-"""File of a checkpoint that holds what has been summed up for log entries to come."""
-
-_RECORD = {"total_loss", "loss_since", "last_logged", "first_step", "batches", "ranks"}
 
 LOAD_RECORDS = 256
 """Largest number of entries of `log_history` that hold every expert's load."""
@@ -88,7 +88,7 @@ class MoHGETrainer(Trainer):
                 f"{dist.get_world_size()}: on CPU pass use_cpu=True to TrainingArguments"
             )
         self.add_callback(RouterScheduleCallback())
-        self.add_callback(_StartCallback(self))
+        self.add_callback(_MomentsCallback(self))
         if not self._watchdogs():
             self.add_callback(PeerWatchdog())
         if self.label_smoother is not None:
@@ -99,6 +99,7 @@ class MoHGETrainer(Trainer):
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # loss and targets of an evaluation
         config = base_model(self.model).config
         self._traffic = RouterTraffic(config) if config.sparse_layers else None
+        self._epoch_is_over = self._checkpoint_waits = False
         self._staging: str | None = None  # folder of a checkpoint that is being written
         self._resumed_from: str | None = None
         self._traffic_before = []  # the newest records of the steps before the checkpoint that the run goes on from
@@ -261,6 +262,17 @@ class MoHGETrainer(Trainer):
 
     # Checkpoints.
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # A checkpoint of the last step of an epoch waits for what is due at the end of the epoch: log entries and
+        # evaluations belong to its state, and a run that goes on from there begins with the next epoch.
+        control, state = self.control, self.state
+        if self._epoch_is_over:
+            control.should_save |= self._checkpoint_waits
+            self._checkpoint_waits = False
+        elif control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):
+            control.should_save, self._checkpoint_waits = False, True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def _get_output_dir(self, trial):
         return self._staging or super()._get_output_dir(trial)
 
@@ -365,6 +377,8 @@ class MoHGETrainer(Trainer):
         whole = isinstance(model, MoHGEForCausalLM)  # not an adapter on it
         if whole and os.path.isfile(os.path.join(resume_from_checkpoint, CONFIG_NAME)):
             check_same_model(model.config, resume_from_checkpoint)
+        if isinstance(model, PeftModel):
+            read_adapter(resume_from_checkpoint, base_model(model).config)
         with reading(resume_from_checkpoint):
             if whole and self.is_distributed_loading_by_transformers:
                 load_sharded_weights(model, resume_from_checkpoint)
@@ -375,16 +389,16 @@ class MoHGETrainer(Trainer):
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
 
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
     def load_finished(self, checkpoint: str | None) -> bool:
         """Load the weights and the record of a checkpoint after which there is nothing left to train, and say whether
         it is one. (`Trainer` would train another step.)"""
         if checkpoint is None:
             return False
-        file = os.path.join(checkpoint, TRAINER_STATE_NAME)
-        try:
-            state = TrainerState.load_from_json(file)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
+        state = read_trainer_state(checkpoint)
         if self.args.max_steps > 0:
             finished = state.global_step >= self.args.max_steps
         else:
@@ -394,7 +408,7 @@ class MoHGETrainer(Trainer):
             best = self.args.load_best_model_at_end and state.best_model_checkpoint
             self._load_best_model() if best else self._load_from_checkpoint(checkpoint)
             self._check_start(state.best_model_checkpoint if best else checkpoint)
-            record = self._read_record(checkpoint)
+            record = read_record(checkpoint)
             if record is not None:
                 self._restore_record(record, checkpoint)
                 self._total_loss_scalar += self._tr_loss.item()
@@ -469,9 +483,11 @@ class MoHGETrainer(Trainer):
         check_folder(Path(checkpoint))
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # which have files of their own
             return
-        record = self._read_record(checkpoint)
+        read_trainer_state(checkpoint)
+        record = read_record(checkpoint)
         ranks = 0 if record is None else len(record["ranks"])
-        check_resumable(checkpoint, ranks)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        check_resumable(checkpoint, ranks, [SCALER_NAME] if scaled else [])
         if ranks not in (0, self.args.world_size) and self.is_world_process_zero():
             logger.warning(
                 f"{checkpoint} is of {ranks} ranks, and here are {self.args.world_size}: random numbers, as of "
@@ -482,7 +498,7 @@ class MoHGETrainer(Trainer):
         """What is left to do when everything has been loaded, before the first step."""
         self._check_start(self._resumed_from)
         self._loss_since = self.state.global_step
-        record = None if self._resumed_from is None else self._read_record(self._resumed_from)
+        record = None if self._resumed_from is None else read_record(self._resumed_from)
         if record is not None:
             with reading(self._resumed_from):
                 self._restore_record(record, self._resumed_from)
@@ -510,18 +526,6 @@ class MoHGETrainer(Trainer):
         if self.args.should_save:
             write_file(Path(folder) / RECORD_NAME, json.dumps(record))
         self._save_traffic(folder)
-
-    def _read_record(self, checkpoint: str) -> dict | None:
-        file = Path(checkpoint) / RECORD_NAME
-        if not file.exists():
-            return None  # of a plain Trainer
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if not (isinstance(record, dict) and record.keys() >= _RECORD and isinstance(record["ranks"], list)):
-                raise ValueError(f"it is no object with {', '.join(sorted(_RECORD))}")
-        except ValueError as error:
-            raise ValueError(f"{file} cannot be read ({error}): go on from another checkpoint") from error
-        return record
 
     def _restore_record(self, record: dict, checkpoint: str):
         ranks, here = record["ranks"], self.args.world_size
@@ -563,12 +567,18 @@ class MoHGETrainer(Trainer):
             everything.save(os.path.join(folder, TRAFFIC_NAME))
 
 
-class _StartCallback(TrainerCallback):
+class _MomentsCallback(TrainerCallback):
     def __init__(self, trainer: MoHGETrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer._begin()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._trainer._epoch_is_over = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._trainer._epoch_is_over = True
 
 
 __all__ = ["MoHGETrainer"]

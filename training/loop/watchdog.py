@@ -1,4 +1,4 @@
-"""A watchdog over the ranks of a distributed run."""
+"""The ranks of a distributed run: that all of them start, and a watchdog over them."""
 
 import contextlib
 import os
@@ -11,8 +11,53 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .failure import RunFailed
+
 
 logger = logging.get_logger(__name__)
+
+
+STARTING = timedelta(minutes=5)
+"""In which all ranks have to start."""
+
+
+def meet() -> dist.Store | None:
+    """
+    Wait until all ranks that torchrun, or accelerate, says there are have come here. Who makes the process group at
+    once waits for up to 30 minutes for one that never starts.
+
+    Returns:
+        `torch.distributed.Store`, *optional*: The store in which they met, None for a process on its own. It has to
+        live until the process group is there.
+
+    Raises:
+        RunFailed: naming the ranks that are missing.
+        RuntimeError: if there is no way to the store.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "MASTER_ADDR" not in os.environ or dist.is_initialized():
+        return None
+    rank = int(os.environ["RANK"])
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=STARTING,
+        wait_for_workers=False,
+        multi_tenant=True,  # the process group's store takes the same port
+    )
+    names = [f"mohge/meet/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{other}" for other in range(world)]
+    store.set(names[rank], "")
+    try:
+        store.wait(names, STARTING)
+    except dist.DistStoreError as error:
+        missing = ", ".join(str(other) for other, name in enumerate(names) if not store.check([name]))
+        raise RunFailed(
+            f"of {world} ranks, {missing} did not start within {STARTING.total_seconds():.0f} seconds: see what that "
+            "one says, and start all again"
+        ) from error
+    return store
 
 
 class PeerWatchdog(TrainerCallback):

@@ -17,7 +17,7 @@ from mohge.model_cards.shipped import load_config
 
 from ..data.packing import batches, packed_blocks, parse_sources
 from ..loop.traffic import RouterTraffic
-from ..tuning.lora import known_patterns
+from ..tuning.lora import known_patterns, read_adapter
 from .measure import RoutingEvaluation, evaluate_routing
 
 
@@ -94,6 +94,8 @@ def measure_text(record: Record, text: str, tokens: int) -> tuple[RoutingEvaluat
     """
     tokenizer = required_tokenizer(record.model)
     batches = read_text(text, tokenizer, record.config, tokens)
+    if (Path(record.model) / ADAPTER_CONFIG).is_file():
+        read_adapter(record.model, record.config)
     with known_patterns():
         model = load_model(record.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,18 +1,23 @@
 """Low-rank adapters (LoRA, https://huggingface.co/papers/2106.09685) on attention and on experts of every width."""
 
+import copy
 import math
+import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from pathlib import Path
 from typing import Literal
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 
 from mohge import MoHGEConfig
 from mohge.backbones_mohge import FEED_FORWARD_NAMES
 from mohge.info import model_without_memory
+from mohge.loading import find_not_finite
+from mohge.model_cards.folder import ADAPTER, ADAPTER_CONFIG, check_folder, open_weights
 
 
 _NAMES = "|".join(FEED_FORWARD_NAMES)
@@ -128,6 +133,45 @@ def lora_config(
     return LoraConfig(**values)
 
 
+def read_adapter(folder: str | Path, config: MoHGEConfig) -> PeftConfig:
+    """
+    The configuration of the adapter in a folder, whose file has all tensors that it needs on a model of `config`.
+
+    Raises:
+        ValueError: if it cannot be read, or naming the tensor that is missing, left over, of another shape or not
+            finite.
+        OSError: if there is none.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    try:
+        adapter = PeftConfig.from_pretrained(folder)
+        with known_patterns():
+            model = get_peft_model(model_without_memory(copy.deepcopy(config)), adapter, low_cpu_mem_usage=True)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, re.error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} fits no adapter on this model ({reason}): train it again"
+        ) from error
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with open_weights(folder, ADAPTER) as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    reasons = {
+        "lacks": wanted.keys() - found.keys(),
+        # PEFT adds what belongs to the vocabulary.
+        "has no place for": found.keys() - wanted.keys() - {f"base_model.model.{name}" for name in model.state_dict()},
+        "has in another shape than its config asks for": {
+            name for name in wanted.keys() & found.keys() if wanted[name].shape != found[name].shape
+        },
+        "has, but not finite,": {find_not_finite(found)} - {None},
+    }
+    for says, names in reasons.items():
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{folder / ADAPTER} {says} the tensor {min(names)}{more}: train the adapter again")
+    return adapter
+
+
 def _ranks_by_parameter(config: MoHGEConfig, rank: int) -> dict[str, int]:
     """Rank of each stack of expert weights, by name."""
     layers = group_ranks(config, rank)
@@ -152,4 +196,4 @@ def _stacks(prefix: str, ranks: list[int]) -> Iterator[tuple[str, int]]:
             yield f"{prefix}.{projection}_{group}", rank
 
 
-__all__ = ["group_ranks", "known_patterns", "lora_config"]
+__all__ = ["group_ranks", "known_patterns", "lora_config", "read_adapter"]

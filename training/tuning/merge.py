@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.conversion.tokenizer import load_tokenizer
 from mohge.loading import load_model
-from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, matching_files
+from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, matching_files, read_json
 from mohge.model_cards.shipped import load_config
-from mohge.model_cards.writing import temporary_folder
+from mohge.model_cards.writing import new_folder
 
-from .lora import known_patterns
+from .lora import known_patterns, read_adapter
 
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -90,20 +90,19 @@ def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | 
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter} has no {ADAPTER_CONFIG}: give the folder of an adapter to merge")
     check_folder(adapter)
-    base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    base_name = str(read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path"))
     config = load_config(base_name)
     check_merge(config, base_name, target)
-    base = load_model(base_name, dtype=torch.float32).eval()
-    tokens = torch.randint(config.vocab_size, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
-    before = _logits(base, tokens)
-    with known_patterns():
-        adapted = PeftModel.from_pretrained(base, adapter).eval()
-    wanted = _logits(adapted, tokens)
-    dtype = dtype or config.dtype or torch.float32
-    merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target.parent, "merge") as temporary:
+    adapter_config = read_adapter(adapter, config)
+    with new_folder(target, "merge") as temporary:
+        base = load_model(base_name, dtype=torch.float32).eval()
+        tokens = torch.randint(config.vocab_size, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
+        before = _logits(base, tokens)
+        with known_patterns():
+            adapted = PeftModel.from_pretrained(base, adapter, config=adapter_config).eval()
+        wanted = _logits(adapted, tokens)
+        dtype = dtype or config.dtype or torch.float32
+        merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
         folder = temporary / "merged"
         config = save_without_config(merged, folder, load_tokenizer(adapter))
         for name in matching_files(adapter, _RECORDS):

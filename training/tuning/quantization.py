@@ -15,7 +15,7 @@ from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.conversion.tokenizer import load_tokenizer
 from mohge.loading import load_model
 from mohge.model_cards.shipped import load_config
-from mohge.model_cards.writing import temporary_folder
+from mohge.model_cards.writing import new_folder
 
 from .merge import add_config, is_quantized, save_without_config
 
@@ -102,17 +102,12 @@ def quantize_checkpoint(
         OSError: if `target` exists, or `source` cannot be read.
     """
     target = Path(target)
-    if target.exists():
-        raise FileExistsError(f"`output_dir`: {target} exists: name another folder, or remove it first")
     config = load_config(str(source))
-    model = load_model(
-        source,
-        dtype=dtype or config.dtype or torch.float32,
-        quantization_config=expert_quantization(config, kind, min_width),
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target.parent, "quantize") as temporary:
+    quantization = expert_quantization(config, kind, min_width)
+    with new_folder(target, "quantize") as temporary:
         folder = temporary / "quantized"
+        dtype = dtype or config.dtype or torch.float32
+        model = load_model(source, dtype=dtype, quantization_config=quantization)
         config = save_without_config(model, folder, load_tokenizer(source))
         result = QuantizedCheckpoint(
             bytes_before=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),

@@ -1,5 +1,7 @@
 """`mohge finetune` on a small model: all weights, adapters, conversations, merging."""
 
+import re
+import shutil
 import signal
 import sys
 
@@ -133,6 +135,28 @@ def test_a_trained_adapter_is_merged_on_its_own_and_nothing_loads_before_its_che
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+@pytest.mark.parametrize("kind", ["merge", "quantize"])
+def test_a_folder_that_another_command_makes_is_refused(kind, place, adapter, tmp_path, monkeypatch, capsys):
+    flags = {"merge": tmp_path / "new" / "out", "model": adapter, "output_dir": tmp_path / "unused"}
+    if kind == "quantize":
+        flags = {"quantize": "int8", "output_dir": tmp_path / "new" / "out"}
+    load, second = MoHGEForCausalLM.from_pretrained, []
+
+    def load_and_start_the_second(*args, **kwargs):
+        if not second:
+            second.append(None)
+            second[0] = finetune(place, "unused", data=None, **flags)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(MoHGEForCausalLM, "from_pretrained", load_and_start_the_second)
+    assert finetune(place, "unused", data=None, **flags) == 0
+    assert second == [2]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mohge")]
+    assert len(lines) == 1
+    assert "another process is writing" in lines[0]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
 def test_a_merge_that_rounds_the_adapter_away_fails_and_leaves_the_adapter(tmp_path, capsys):
     make_workplace(tmp_path, dtype=torch.bfloat16)
     assert finetune(tmp_path, "lora", lora_rank=2, lora_targets="experts", max_steps=2) == 0
@@ -220,6 +244,40 @@ def test_an_adapter_run_that_is_killed_goes_on_to_the_same_weights(place):
     for name, weight in once.items():
         torch.testing.assert_close(again[name], weight, rtol=0, atol=0)
     assert [entry["loss"] for entry in log(place / "killed")] == [entry["loss"] for entry in log(place / "whole_run")]
+
+
+def _without_first(tensors):
+    del tensors[min(tensors)]
+
+
+ADAPTERS = {
+    "missing": (_without_first, "lacks the tensor base_model.*lora_A.weight:"),
+    "empty": (dict.clear, "lacks the tensor base_model.* and 23 more:"),
+    "left over": (lambda tensors: tensors.update(x=torch.zeros(1)), "has no place for the tensor x:"),
+    "shape": (lambda tensors: tensors.update({min(tensors): torch.zeros(3, 7)}), "in another shape"),
+    "not finite": (lambda tensors: tensors[min(tensors)].fill_(torch.nan), "not finite"),
+}
+
+
+@pytest.mark.parametrize("damage", ADAPTERS)
+def test_adapter_whose_tensors_are_not_its_own_is_neither_merged_nor_gone_on_from(
+    damage, place, adapter, tmp_path, capsys
+):
+    change, message = ADAPTERS[damage]
+    tensors = load_file(place / adapter / "adapter_model.safetensors")
+    change(tensors)
+    run = tmp_path / "run"
+    shutil.copytree(place / adapter, run / "checkpoint-1")
+    save_file(tensors, run / "checkpoint-1" / "adapter_model.safetensors", {"format": "pt"})
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (run / "checkpoint-1" / name).touch()
+    flags = {"lora_rank": 2, "lora_targets": "experts", "output_dir": run}
+    for command in ({"data": None, "model": run / "checkpoint-1", "merge": tmp_path / "merged"}, flags):
+        capsys.readouterr()
+        assert finetune(place, "unused", **command) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mohge")]
+        assert re.search(f"adapter_model.safetensors {message}|adapter_model.safetensors has.*{message}", line), line
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(

@@ -343,6 +343,8 @@ REFUSED = {
         )
     },
     "many levels": ({"datasets": "{path: " + "[" * 3000}, "`datasets` has {path: [[["),
+    "compilation": ({"torch_compile_mode": "x"}, "`torch_compile_mode` is x, which torch.compile does not have"),
+    "metric": ({"metric_for_best_model": "x"}, "`metric_for_best_model` is x, which no evaluation has: give loss"),
     "many levels of options": ({"lr_scheduler_kwargs": "{a: " + "[" * 3000}, "`lr_scheduler_kwargs` is {a: [[["),
     "endless sequences": ({"sequence_length": 2**60}, "`sequence_length` is 1152921504606846976"),
     "unknown dtype": ({"dtype": "float17"}, "--dtype: invalid choice: 'float17'"),

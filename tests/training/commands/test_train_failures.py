@@ -1,5 +1,6 @@
 """`mohge train` and `mohge finetune` that cannot go on: they say why in one line, and what was good stays."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from finetune_cases import finetune, make_workplace
 from parallel_training_runs import SECONDS, Ranks
 from pretrain_runs import (
@@ -20,7 +22,7 @@ from pretrain_runs import (
     contents,
     make_inputs,
     run_command,
-    run_command_as_first_of_two,
+    run_command_alone_of_two,
     run_command_of_each,
     run_command_stopped_in_step,
     run_command_with_fault,
@@ -206,11 +208,36 @@ def test_checkpoint_that_is_not_whole_is_refused(damage, name, begun, inputs, ca
     assert ("as `model`" in line) == (damage == "missing" and name.endswith(("pt", "pth")))
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_scale_of_the_loss_belongs_to_the_state_where_a_run_has_one(damage, begun, inputs, monkeypatch, capsys):
+    """As with fp16 on a GPU."""
+    scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(Accelerator, "scaler", property(lambda self: scaler, lambda *_: None), raising=False)
+    torch.save(scaler.state_dict(), begun / "checkpoint-4" / "scaler.pt")
+    spoil(begun / "checkpoint-4" / "scaler.pt", damage)
+    line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
+    assert f"checkpoint-4{' has no ' if damage == 'missing' else '/'}scaler.pt " in line
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "record.json", "traffic.json"])
 def test_checkpoint_that_is_broken_is_refused(name, begun, inputs, capsys):
     spoil(begun / "checkpoint-4" / name, "cut off")
     line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
     assert f"checkpoint-4/{name} " in line
+
+
+@pytest.mark.parametrize("file", ["trainer_state.json", "record.json"])
+def test_checkpoint_whose_state_has_something_else_is_refused(file, begun, inputs, capsys):
+    path = begun / "checkpoint-4" / file
+    content = json.loads(path.read_text())
+    names = {"total_loss", "loss_since", "last_logged", "first_step", "batches", "ranks"}
+    if file == "trainer_state.json":
+        names = {"global_step", "epoch", "log_history", "save_steps", "train_batch_size", "best_model_checkpoint"}
+    for name in names:
+        for value in (-1.5, float("nan"), "x") if name not in ("total_loss", "best_model_checkpoint") else ([],):
+            path.write_text(json.dumps(content | {name: value}))
+            line = fail(arguments(inputs, begun, **SAVE), capsys, status=2)
+            assert f"{file} cannot be read (`{name}` is {value!r})" in line
 
 
 def test_checkpoint_of_an_adapter_that_is_broken_is_refused(tmp_path, capsys):
@@ -277,12 +304,28 @@ def test_error_of_one_rank_is_said_by_it_and_ends_the_other(inputs, cache, tmp_p
     assert "lost touch with another rank" in only_line(ranks.errors(0))
 
 
-def test_port_in_use_is_said_in_one_line(inputs, cache, tmp_path):
+def test_ranks_with_other_arguments_are_refused(inputs, cache, tmp_path):
+    flags = [arguments(inputs, tmp_path / "run", max_steps=steps) for steps in (4, 2)]
+    ranks = Ranks(2, tmp_path / "logs", run_command_of_each, cache, flags)
+    assert ranks.wait(seconds=60) == [2, 2], ranks.errors()
+    assert "`max_steps` is 4 on rank 0 and 2 on rank 1: give all ranks the same" in only_line(ranks.errors())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", ["port in use", "second missing", "first missing"])
+def test_ranks_that_cannot_meet_say_so_in_one_line(case, inputs, cache, tmp_path):
     with socket.socket() as used:
         used.bind(("127.0.0.1", 0))
-        used.listen()
+        if case == "port in use":
+            used.listen()
+        port, rank = used.getsockname()[1], int(case == "first missing")
+        if case == "second missing":
+            used.close()
         flags = arguments(inputs, tmp_path / "run")
-        ranks = Ranks(1, tmp_path / "logs", run_command_as_first_of_two, used.getsockname()[1], cache, *flags)
+        ranks = Ranks(1, tmp_path / "logs", run_command_alone_of_two, rank, port, cache, *flags)
         assert ranks.wait(seconds=60) == [1], ranks.errors()
-    assert "lost touch with another rank" in only_line(ranks.errors())
+    message = (
+        "of 2 ranks, 1 did not start within 3 sec" if case == "second missing" else "lost touch with another rank"
+    )
+    assert message in only_line(ranks.errors())
     assert not (tmp_path / "run").exists()

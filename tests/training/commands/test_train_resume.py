@@ -100,8 +100,8 @@ def assert_same_run(actual: Path, expected: Path):
 
 
 def without_times(run: Path) -> list[dict]:
-    times = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-    return [{name: value for name, value in entry.items() if name not in times} for entry in history(run)]
+    times = ("runtime", "samples_per_second", "steps_per_second")
+    return [{name: value for name, value in entry.items() if not name.endswith(times)} for entry in history(run)]
 
 
 # Killed.
@@ -220,6 +220,34 @@ def test_termination_of_one_rank_stops_both_after_the_same_step(inputs, cache, t
     assert get_last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-3")
     Ranks(2, tmp_path / "again", run_command, cache, *flags).succeed()
     assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
+EPOCHS = {
+    "logs and evaluations by epoch": {"logging_strategy": "epoch", "eval_strategy": "epoch"},
+    "evaluations by epoch that set the rate": {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"},
+    "logs by epoch, in parts": {
+        "logging_strategy": "epoch",
+        "logging_first_step": True,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 6,
+        "max_steps": 13,
+    },
+}
+
+
+@pytest.mark.parametrize("case", EPOCHS)
+def test_run_goes_on_from_each_of_its_checkpoints(case, inputs, tmp_path):
+    """An epoch has 3 steps (6 in parts), so that checkpoints are at the end of one, within one, and at the end."""
+    values = {**SAVE, "datasets": inputs / "b.jsonl", "eval_datasets": inputs / "b.jsonl", "save_steps": 3}
+    straight = train(inputs, tmp_path / "straight", **{**values, **EPOCHS[case]})
+    checkpoints = sorted(path.name for path in straight.glob("checkpoint-*"))
+    assert len(checkpoints) == 3
+    for name in checkpoints:
+        run = tmp_path / name
+        shutil.copytree(straight / name, run / name)
+        shutil.copy(straight / "recipe.yaml", run)
+        assert_same_run(train(inputs, run, **{**values, **EPOCHS[case]}), straight)
 
 
 # Going on by hand, and what is refused.

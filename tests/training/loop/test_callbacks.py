@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from parallel_training_runs import Ranks
 from trainer_runs import LENGTHS, config, logged, train
 from transformers import Trainer, TrainerCallback
 
@@ -78,6 +80,33 @@ def test_log_callback_logs_what_the_own_trainer_logs(accumulation, tmp_path):
         }
         assert len(figures) == 7
         assert {name: ours[name] for name in figures} == {name: theirs[name] for name in figures}
+
+
+def log_across_checkpoints(folder: Path, ranks: int = 2):
+    """Log every third step, of a run with a checkpoint every second one, and of one that goes on from the first."""
+    run = {"model_config": CONFIG, "ranks": ranks, "steps": 6, "logging_steps": 3, "logging_strategy": "steps"}
+    run |= {"save_strategy": "steps", "save_steps": 2}
+    for name, start in (("straight", None), ("resumed", folder / "straight" / "checkpoint-2")):
+        callbacks = [RouterLogCallback()]
+        own = train(folder=str(folder / name), callbacks=callbacks, resume_from_checkpoint=start, **run)
+        own.save_state()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_log_callback_counts_the_steps_before_a_checkpoint(ranks, tmp_path):
+    if ranks == 1:
+        log_across_checkpoints(tmp_path, ranks)
+    else:
+        Ranks(ranks, tmp_path / "logs", log_across_checkpoints, tmp_path).succeed()
+    straight, resumed = (
+        [
+            {key: value for key, value in entry.items() if key.startswith("router/")}
+            for entry in json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        ]
+        for name in ("straight", "resumed")
+    )
+    assert resumed == straight
+    assert len(straight[0]) == len(straight[1]) == 7
 
 
 class RecordTraffic(TrainerCallback):
