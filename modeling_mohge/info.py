@@ -139,7 +139,7 @@ def chosen_parameters(layers: Sequence[MoHGEConfig], tokens_per_expert: Sequence
 
 
 def describe(config: MoHGEConfig, routings: Sequence[Routing] = ()) -> str:
-    """The group table, and total and activated parameters, as text; these also as routed on the texts of `routings`."""
+    """The group table, and total and activated parameters, as text; the latter also on the texts of `routings`."""
     return "\n".join([*_groups(config), describe_counts(config, routings)])
 
 
@@ -174,9 +174,7 @@ def describe_counts(config: MoHGEConfig, routings: Sequence[Routing] = ()) -> st
     ]
     for routing in routings:
         activated, flops = counts_as_routed(config, routing.tokens_per_expert, routing.tokens, counts)
-        lines.append(
-            f"  as routed           {_short(activated)}  and {_short(flops)} FLOPs forward, on {routing.text}"
-        )
+        lines.append(f"  as routed           {_short(activated)}  on {routing.text}; {_short(flops)} FLOPs forward")
     if config.sparse_layers and not routings:
         lines.append("  as routed           not measured (mohge eval FOLDER --datasets TEXT does)")
     return "\n".join(lines)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from model_cases import VARIANTS, make_ids, make_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohge import MoHGEConfig, MoHGEForCausalLM, record_routing
 from mohge.commands import demo
