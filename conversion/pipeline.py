@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.backbones_mohge import FeedForward
-from mohge.model_cards.card import make_card
+from mohge.model_cards.card import draw_widths, make_card
 from mohge.model_cards.folder import copy_side_files
 from mohge.model_cards.writing import write_file
 from mohge.modeling_mohge import AUTO_MAP, save_code
@@ -158,6 +158,8 @@ class _Conversion:
         write_file(folder / "conversion_report.json", json.dumps(report, indent=2) + "\n")
         config = plan.target.config if isinstance(plan.target, MoHGE) else None
         write_file(folder / "README.md", str(make_card(folder, Path(plan.recipe.output).name, config)))
+        if config is not None:
+            draw_widths(config, folder)
         staging.finish()
         return report
 

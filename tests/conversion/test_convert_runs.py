@@ -161,6 +161,7 @@ def test_receipt_counts_what_held_out_tokens_used(name, options, tmp_path, capsy
     assert convert(source, out, *options, *calibration(tmp_path / "rows.jsonl", rows)) == 0
     report, printed = read_report(out), capsys.readouterr().out
     text = f"{tmp_path / 'rows.jsonl'}, {8 * 47} tokens held out"
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
     for when, folder in (("before", source), ("after", out)):
         model = load(folder)
         counts, used = _used_by(model, rows[-8:])
@@ -170,7 +171,10 @@ def test_receipt_counts_what_held_out_tokens_used(name, options, tmp_path, capsy
         assert found["activated_as_routed"] == round(used)
         looked_up = 0 if tied else model.get_input_embeddings().weight.numel()
         assert found["flops_per_token"] == round(2 * (used - looked_up))
-    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    card, layers = (out / "README.md").read_text(), load(out).config.sparse_layers
+    assert f"{after['activated_as_routed']:,} (" in card
+    differ = len({layer.expert_widths for layer in layers}) > 1
+    assert ("](widths.svg)" in card) is (out / "widths.svg").exists() is differ is ("--keep" in options)
     assert f"{before['activated']:,} -> {after['activated']:,} with equal traffic" in printed
     routed = f"{before['activated_as_routed']:,} -> {after['activated_as_routed']:,}"
     assert f"{routed} on {text}" in printed
