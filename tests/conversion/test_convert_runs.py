@@ -192,6 +192,27 @@ def test_receipt_says_so_if_the_tokens_were_random(tmp_path, capsys):
     for layer in report["layers"]:
         assert sorted(layer["tokens_per_expert"]) == sorted(layer["tokens_per_expert_before"])
         assert sum(layer["tokens_per_expert"]) == 2 * report["check"]["tokens"]
+    record = tmp_path / "out" / "conversion_report.json"
+    for change in (
+        {"layers": [layer | {"tokens_per_expert": [1, 2]} for layer in report["layers"]]},
+        {"layers": report["layers"][:1]},
+        {"layers": [3]},
+        {"layers": None},
+        {"check": None},
+        {"check": {"tokens": "x", "text": "random"}},
+        {"check": {"tokens": 32, "text": "calibration"}},
+        {"check": {"tokens": 1, "text": "random"}},
+    ):
+        record.write_text(json.dumps(report | change))
+        assert main(["info", str(tmp_path / "out")]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert "conversion_report.json" in printed.err
+    for layer in report["layers"]:
+        del layer["tokens_per_expert"]
+    record.write_text(json.dumps(report))  # as it was before these numbers were recorded
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert "as routed           not measured" in capsys.readouterr().out
 
 
 def _weights_and_config(folder):
