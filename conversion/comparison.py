@@ -123,11 +123,11 @@ def train_source(architecture: str, text: Text, folder: Path, steps: int = 400) 
     return loss
 
 
-def convert_source(mode: str, source: Path, output: Path, text: Text) -> None:
-    """Convert `source` as `MODES` says, calibrated on the training text."""
+def convert_source(mode: str, source: Path, output: Path, text: Text) -> dict:
+    """Convert `source` as `MODES` says, calibrated on the training text; the receipt."""
     options = MODES[mode] | {"calibration": str(text.folder / "calibration.txt"), "calibration_tokens": 16384}
     recipe = load_recipe(None, source=str(source), output=str(output), mode=mode, calibration_length=LENGTH, **options)
-    convert(make_plan(recipe))
+    return convert(make_plan(recipe))
 
 
 def compare(converted: Path, text: Text, seeds: range, steps: int = 200) -> dict:
@@ -156,16 +156,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    print("| mode | source | after conversion | fine-tuned | from scratch |\n|---|---|---|---|---|")
+    print("| mode | parameters | used as routed | source | after conversion | fine-tuned | from scratch |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         text = prepare_text(folder)
         sources = {name: train_source(name, text, folder / name) for name in _SOURCES}
         for mode in MODES:
             name = "olmoe" if mode == "trim" else "llama"
-            convert_source(mode, folder / name, folder / mode, text)
+            counts = convert_source(mode, folder / name, folder / mode, text)["parameters"]
             losses = compare(folder / mode, text, range(options.seeds), options.steps)
-            cells = [f"{sources[name]:.3f} ({name})", f"{losses['converted']:.3f}"]
+            axes = ("total", "activated_as_routed")
+            cells = [f"{counts['before'][axis]:,} -> {counts['after'][axis]:,}" for axis in axes]
+            cells += [f"{sources[name]:.3f} ({name})", f"{losses['converted']:.3f}"]
             for kind in ("from_conversion", "from_scratch"):
                 spread = statistics.stdev(losses[kind]) if options.seeds > 1 else 0.0
                 cells.append(f"{statistics.mean(losses[kind]):.3f} +- {spread:.3f}")

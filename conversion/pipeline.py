@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.backbones_mohge import FeedForward
-from mohge.model_cards.card import make_card
+from mohge.model_cards.card import draw_widths, make_card
 from mohge.model_cards.folder import copy_side_files
 from mohge.model_cards.writing import write_file
 from mohge.modeling_mohge import AUTO_MAP, save_code
@@ -158,6 +158,8 @@ class _Conversion:
         write_file(folder / "conversion_report.json", json.dumps(report, indent=2) + "\n")
         config = plan.target.config if isinstance(plan.target, MoHGE) else None
         write_file(folder / "README.md", str(make_card(folder, Path(plan.recipe.output).name, config)))
+        if config is not None:
+            draw_widths(config, folder)
         staging.finish()
         return report
 
@@ -190,14 +192,14 @@ class _Conversion:
         plan, layer = self.plan, self.layer(number, difficulty)
         state = plan.tensors.layer(number)
         weights = plan.source.read_layer(number, state)
-        statistics = self.observe(layer, state, weights)
+        statistics, tokens_before = self.observe(layer, state, weights)
         converted = Converted(weights) if weights.expert is None else plan.mode.convert(layer, weights, statistics)
         tensors, squares = plan.target.write_layer(number, converted.weights), converted.squares
         del state, weights, statistics, converted
         prefix = f"{plan.target.prefix}{number}."
         named = plan.mode.on_disk({prefix + name: tensor for name, tensor in tensors.items()})
         writing = self.writer.submit(self.staging.write_shard, 2 + number, named)
-        notes = {"layer": number, **self._check(number, tensors)}
+        notes = {"layer": number, **self._check(number, tensors), "tokens_per_expert_before": tokens_before}
         writing.result()
         if squares:
             whole, without, refitted = torch.stack(squares).sum(0).tolist()
@@ -205,8 +207,9 @@ class _Conversion:
             notes["calibration_error"] = math.sqrt(refitted / whole) if whole else 0.0
         return notes
 
-    def observe(self, layer: Layer, state: dict[str, torch.Tensor], weights: LayerWeights) -> Any:
-        """Run a layer of the source on all tokens; what the mode makes of those that are not held out."""
+    def observe(self, layer: Layer, state: dict[str, torch.Tensor], weights: LayerWeights) -> tuple[Any, list[int]]:
+        """Run a layer of the source on all tokens; what the mode makes of those that are not held out, and how many of
+        the others came to each expert."""
         number, source, statistics, ran = layer.number, self.plan.source, None, False
         with source.layer(number, state, self.device) as found:
 
@@ -223,16 +226,17 @@ class _Conversion:
                 statistics = self.plan.mode.observe(layer, weights, run)
             if not ran:
                 run()
-            for batch in self.held_out:
+            with _counting(source, found) as counts:
+                for batch in self.held_out:
 
-                def keep(module, args, kwargs, output, batch=batch):
-                    self.entering.save(number, batch, (args, kwargs))
-                    self.leaving.save(number, batch, _states(output))
+                    def keep(module, args, kwargs, output, batch=batch):
+                        self.entering.save(number, batch, (args, kwargs))
+                        self.leaving.save(number, batch, _states(output))
 
-                hook = _measured(found).register_forward_hook(keep, with_kwargs=True)
-                self.source.save(number + 1, batch, self._advance(source, number, batch, self.source))
-                hook.remove()
-        return statistics
+                    hook = _measured(found).register_forward_hook(keep, with_kwargs=True)
+                    self.source.save(number + 1, batch, self._advance(source, number, batch, self.source))
+                    hook.remove()
+        return statistics, counts.tolist()
 
     def _check(self, number: int, tensors: dict[str, torch.Tensor]) -> dict:
         """Run a layer of the result: its error where the source's feed-forward had the same input, and the experts
@@ -245,18 +249,13 @@ class _Conversion:
                 output, expected = _states(_measured(found)(*args, **kwargs)).cpu(), self.leaving.load(number, batch)
                 whole = whole + expected.square().sum(dtype=torch.float64)
                 missed = missed + (output - expected).square().sum(dtype=torch.float64)
-            chosen = []
-            experts = 0 if found.experts is None else found.experts.num_experts
-            if experts:
-                hook = found.experts.register_forward_pre_hook(lambda module, args: chosen.append(args[1].flatten()))
-            for batch in self.held_out:
-                self.target.save(number + 1, batch, self._advance(target, number, batch, self.target))
-            if experts:
-                hook.remove()
-        counts = torch.cat(chosen).bincount(minlength=experts)[:experts] if experts else torch.empty(0)
+            with _counting(target, found) as counts:
+                for batch in self.held_out:
+                    self.target.save(number + 1, batch, self._advance(target, number, batch, self.target))
         return {
             "relative_error": (missed / whole).sqrt().item() if whole else missed.item(),
             "dead_experts": (counts == 0).nonzero().flatten().tolist(),
+            "tokens_per_expert": counts.tolist(),
         }
 
     def _difficulty(self) -> torch.Tensor:
@@ -324,6 +323,24 @@ class _Conversion:
 def _measured(found: FeedForward) -> nn.Module:
     """What is compared of a feed-forward: all of it, or where it lies beside a dense one, its experts."""
     return found.module if found.name else found.experts
+
+
+@contextmanager
+def _counting(decoder: Decoder, found: FeedForward) -> Iterator[torch.Tensor]:
+    """Within this context, counts how many tokens come to each routed expert; nothing where there are none."""
+    if found.experts is None:
+        yield torch.zeros(0, dtype=torch.long)
+        return
+    counts = torch.zeros(len(decoder.expert_widths(found.layer_idx)), dtype=torch.long)
+
+    def count(module, args):
+        counts.add_(args[1].flatten().cpu().bincount(minlength=len(counts))[: len(counts)])
+
+    hook = found.experts.register_forward_pre_hook(count)
+    try:
+        yield counts
+    finally:
+        hook.remove()
 
 
 def _states(output: torch.Tensor | tuple) -> torch.Tensor:

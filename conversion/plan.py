@@ -58,7 +58,7 @@ class Plan:
             "output": f"{recipe.output} ({self.target.model_type})",
             "mode": f"{mode.name}, {'exact' if mode.exact else 'not exact'}: {mode.reason}",
             "total parameters": f"{before.total:,} -> {after.total:,}",
-            "activated per token": f"{before.activated:,} -> {after.activated:,}",
+            "activated per token": f"{before.activated:,} -> {after.activated:,} with equal traffic",
             "weights to be written": f"{self.size:,} bytes",
         }
         lines |= mode.forecast()

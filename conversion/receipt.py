@@ -5,6 +5,10 @@ import math
 import torch
 import torch.nn.functional as F
 
+from mohge import MoHGEConfig
+from mohge.info import counts_as_routed, parameter_counts
+from mohge.model_cards.records import checked_text
+
 from .calibration import Tokens
 from .plan import Plan
 from .tokenizer import describe
@@ -60,22 +64,34 @@ def make_report(
     """The receipt. `fitted_tokens` is the number of tokens that statistics were taken over, `size` the bytes of the
     weights; `layers` has what was measured in each layer, `tokenizer` what was found of it, None where there is
     none."""
-    recipe, mode = plan.recipe, plan.mode
+    recipe, mode, checked = plan.recipe, plan.mode, tokens.held_out * tokens.ids.shape[1]
+
+    def parameters(config: MoHGEConfig, field: str) -> dict[str, int]:
+        counts = parameter_counts(config)
+        per_expert = [layer[field] for layer in layers if layer[field]]
+        routed = counts_as_routed(config, per_expert, checked, counts)
+        return {
+            "total": counts.total,
+            "activated": counts.activated,
+            "activated_as_routed": routed.activated,
+            "flops_per_token": routed.flops,
+        }
+
     report = {
         "mode": mode.name,
         "exact": mode.exact,
         "reason": mode.reason,
         "source": {"path": recipe.source, "revision": plan.revision, "model_type": plan.source.model_type},
         "parameters": {
-            when: {"total": counts.total, "activated": counts.activated}
-            for when, counts in (("before", plan.before), ("after", plan.after))
+            "before": parameters(plan.source.equivalent, "tokens_per_expert_before"),
+            "after": parameters(plan.target.equivalent, "tokens_per_expert"),
         },
         "bytes_written": size,
         "layers": layers,
         "logits": logits,
         "tokenizer": tokenizer,
         "check": {
-            "tokens": tokens.held_out * tokens.ids.shape[1],
+            "tokens": checked,
             "text": "calibration" if tokens.text else "random",
         },
         "calibration": {"dataset": recipe.calibration, "tokens": fitted_tokens} if tokens.text else None,
@@ -107,6 +123,15 @@ def judge(report: dict, max_kl: float | None) -> list[str]:
     return failures
 
 
+def _as_routed(report: dict) -> dict[str, str]:
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    if "flops_per_token" not in after:  # once it was not recorded
+        return {}
+    activated, flops = (f"{before[name]:,} -> {after[name]:,}" for name in ("activated_as_routed", "flops_per_token"))
+    text = checked_text(report)
+    return {"as routed": f"{activated} on {text}", "FLOPs per token": f"{flops} forward, as routed on it"}
+
+
 def summary(report: dict) -> str:
     """The receipt as text."""
     logits, before, after = report["logits"], report["parameters"]["before"], report["parameters"]["after"]
@@ -120,8 +145,9 @@ def summary(report: dict) -> str:
         rows.append(row + " | |" * (refitted and "calibration_error" not in layer))
     facts = {
         "parameters": f"{before['total']:,} -> {after['total']:,}",
-        "activated per token": f"{before['activated']:,} -> {after['activated']:,}",
-        "checked on": f"{report['check']['tokens']:,} tokens, {report['check']['text']}",
+        "activated per token": f"{before['activated']:,} -> {after['activated']:,} with equal traffic",
+        **_as_routed(report),
+        "checked on": checked_text(report),
         "logits, relative error": f"{logits['relative_error_median']:.2g} (median), "
         f"{logits['relative_error_max']:.2g} (largest)",
         "logits, KL divergence": f"{logits['kl']:.4g} nats per token",

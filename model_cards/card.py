@@ -9,9 +9,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from mohge import MoHGEConfig
-from mohge.info import describe, parameter_counts
+from mohge.info import counts_as_routed, describe, parameter_counts
 
-from .records import is_hub_id, read_record
+from .folder import PICTURE
+from .records import is_hub_id, read_record, recorded_routings
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -62,6 +63,8 @@ def make_card(
     recipe, conversion, evaluation, state = (read_record(folder, name) for name in names)
     if base_model is None:
         base_model = _base_model(recipe, conversion)
+    routings = recorded_routings(folder, config) if config else []
+    counts = config and parameter_counts(config)
     router = evaluation.get("router") or _recorded_router(folder, config)
     results = _results(evaluation)
     data = ModelCardData(
@@ -90,8 +93,14 @@ def make_card(
         config=config,
         widths=sorted({width for layer in config.sparse_layers for width in layer.expert_widths}) if config else None,
         routing=config and _ROUTING[config.router_type],
-        counts=config and parameter_counts(config),
-        shape=config and describe(config),
+        counts=counts,
+        routed=[
+            (routing.text, counts_as_routed(config, routing.tokens_per_expert, routing.tokens, counts))
+            for routing in routings
+        ],
+        shape=config and describe(config, routings),
+        picture=PICTURE,
+        width_table=config and _width_exhibit(config),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else None,
         conversion=conversion,
         receipt=_receipt(conversion),
@@ -101,6 +110,22 @@ def make_card(
             (_dataset_name(result), _conditions(result), result["metrics"]) for result in evaluation.get("results", [])
         ],
     )
+
+
+def draw_widths(config: MoHGEConfig, folder: Path):
+    """Draw the picture that the card of a model whose layers differ in width refers to."""
+    if exhibit := _width_exhibit(config):
+        from mohge.training.report.drawing import as_svg
+
+        (folder / PICTURE).write_bytes(as_svg(exhibit))
+
+
+def _width_exhibit(config: MoHGEConfig):
+    if not config.is_heterogeneous:
+        return None
+    from mohge.training.report.widths import width_exhibit  # a second, which other cards need not wait
+
+    return width_exhibit(config)
 
 
 def keep_card(file: Path, made: ModelCard, license: str | None = None) -> ModelCard:

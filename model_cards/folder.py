@@ -29,6 +29,8 @@ SIDE_FILES += ("*processor_config.json", "generation_config.json", *_TERMS)
 """What belongs to a model beside its config and weights: data, never code."""
 RECORDS = ("recipe.yaml", "conversion_recipe.yaml", "conversion_report.json", "evaluation.json")
 """Files that say how a model was made and what was measured of it."""
+PICTURE = "widths.svg"
+"""File of a picture in the card; it is drawn anew with every card, never copied."""
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _CONFIGS = ("*config.json", "special_tokens_map.json", "added_tokens.json")

@@ -9,6 +9,9 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from mohge import MoHGEConfig
+from mohge.info import Routing
+
 
 _SECRETS = ("hub_token",)
 _FOLDERS = ("output", "output_dir", "logging_dir")
@@ -73,6 +76,76 @@ def read_record(folder: Path, name: str) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}): mend or remove it") from error
     return _portable(content)
+
+
+def recorded_routings(folder: Path, config: MoHGEConfig) -> list[Routing]:
+    """
+    Where the tokens of a text went, as `mohge eval`, a training run and `mohge convert` record it in a model's folder.
+
+    Raises:
+        ValueError: if a record cannot be read, or does not belong to the model.
+    """
+    found = []
+    readers = {"evaluation.json": _evaluated, "traffic.json": _trained, "conversion_report.json": _converted}
+    for name, read in readers.items() if config.sparse_layers else ():
+        file = folder / name
+        try:
+            record = read_record(folder, name)
+            routing = read(file, record, config) if record else None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} does not have the form that mohge writes ({type(error).__name__}: {error}): mend or remove it"
+            ) from error
+        if routing is not None:
+            found.append(routing)
+    return found
+
+
+def _evaluated(file: Path, evaluation: dict, config: MoHGEConfig) -> Routing | None:
+    router = evaluation.get("router", {})
+    if router.get("tokens_per_expert") is None:  # once it was not recorded
+        return None
+    _check_counts(file, router["tokens_per_expert"], router["tokens"], config)
+    return Routing(name_tokens(router["texts"], router["tokens"]), router["tokens"], router["tokens_per_expert"])
+
+
+def _trained(file: Path, record: dict, config: MoHGEConfig) -> Routing:
+    from mohge.training import RouterTraffic  # which imports this package
+
+    traffic = RouterTraffic.load(file)
+    traffic.check(config)
+    tokens = sum(traffic.tokens)
+    counts = [traffic.layer_counts(layer).sum(0).long().tolist() for layer in range(len(config.sparse_layers))]
+    return Routing(f"the last passes of training, {tokens:,} tokens", tokens, counts)
+
+
+def _converted(file: Path, report: dict, config: MoHGEConfig) -> Routing | None:
+    counts = [layer["tokens_per_expert"] for layer in report.get("layers", []) if layer.get("tokens_per_expert")]
+    if not counts:  # once it was not recorded
+        return None
+    _check_counts(file, counts, report["check"]["tokens"], config)
+    return Routing(checked_text(report), report["check"]["tokens"], counts)
+
+
+def name_tokens(texts: list[str], tokens: int) -> str:
+    """So many tokens of some texts, in words."""
+    return f"{' and '.join(texts)}, {tokens:,} tokens"
+
+
+def checked_text(report: dict) -> str:
+    """What a conversion was checked on."""
+    tokens = report["check"]["tokens"]
+    if report["check"]["text"] == "random":
+        return f"{tokens:,} random tokens"
+    return name_tokens([report["calibration"]["dataset"]], tokens) + " held out"
+
+
+def _check_counts(file: Path, counts: list[list[int]], tokens: int, config: MoHGEConfig):
+    fits = [*map(len, counts)] == [layer.num_experts for layer in config.sparse_layers]
+    if not (fits and type(tokens) is int and all(type(n) is int and 0 <= n <= tokens for row in counts for n in row)):
+        raise ValueError(
+            f"{file} says of other experts than the model's how many tokens came to each, or is damaged: remove it"
+        )
 
 
 def write_record(file: Path, content: dict):

@@ -11,14 +11,14 @@ from huggingface_hub import ModelCard
 
 from mohge.modeling_mohge import AUTO_MAP, save_code
 
-from .card import keep_card, make_card
-from .folder import INDEX, RECORDS, SIDE_FILES, copy_side_files, matching_files, read_json, weight_files
+from .card import draw_widths, keep_card, make_card
+from .folder import INDEX, PICTURE, RECORDS, SIDE_FILES, copy_side_files, matching_files, read_json, weight_files
 from .records import read_record, without_places, write_record
 from .shipped import load_config
 
 
 _STALE = (
-    *("*.safetensors", INDEX, "pytorch_model*", "adapter_*", "training_args.bin", "*_mohge.py", *RECORDS),
+    *("*.safetensors", INDEX, "pytorch_model*", "adapter_*", "training_args.bin", "*_mohge.py", *RECORDS, PICTURE),
     *(pattern for pattern in SIDE_FILES if not pattern.startswith(("LICENSE", "NOTICE"))),
 )
 """What a push removes from the repository unless it brings it: what `from_pretrained` would read, and records."""
@@ -32,8 +32,8 @@ def is_stale(path: str) -> bool:
 def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
     """
     Put into `target` what is pushed of the model in `folder`: config, weights (as links), the model's code as this
-    version of mohge has it, tokenizer, generation config, license, records and the card. Nothing else is pushed, so no
-    checkpoint, optimizer or log.
+    version of mohge has it, tokenizer, generation config, license, records, and the card with its picture. Nothing
+    else is pushed, so no checkpoint, optimizer or log.
 
     Args:
         folder (`Path`): Folder of a saved MoHGE model.
@@ -76,6 +76,7 @@ def stage(folder: Path, target: Path, name: str, **about) -> ModelCard:
         ) from error
     card = keep_card(folder / "README.md", made, about.get("license"))
     card.save(target / "README.md")
+    draw_widths(config, target)
     _refuse_places(folder, target)
     return card
 

@@ -1,8 +1,10 @@
 """Parameter counts of a config, exact, without allocating the model."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .backbones_mohge import feed_forwards
 from .configuration_mohge import MoHGEConfig
@@ -26,6 +28,28 @@ class ParameterCounts(NamedTuple):
     """The same with the widest experts chosen in every layer."""
     activated_ffn: int
     """The feed-forward part of `activated`: routed and shared experts and dense layers."""
+    looked_up: int
+    """Tables whose rows are looked up and not multiplied, such as an input embedding that is not tied."""
+
+
+class Routing(NamedTuple):
+    """Where the tokens of a text went."""
+
+    text: str
+    """What text, and how many tokens of it."""
+    tokens: int
+    tokens_per_expert: list[list[int]]
+    """For each layer that has experts, how many tokens came to each, by id."""
+
+
+class RoutedCounts(NamedTuple):
+    """What a token takes on average, by the experts that the tokens of a text chose."""
+
+    activated: int
+    """Parameters that it passes through, embeddings included."""
+    flops: int
+    """Operations of its forward pass: two for each activated parameter, but for tables whose rows are looked up, such
+    as an input embedding that is not tied. The scores of attention, which depend on its length, are not counted."""
 
 
 def model_without_memory(config: MoHGEConfig) -> MoHGEForCausalLM:
@@ -52,6 +76,7 @@ def parameter_counts(config: MoHGEConfig) -> ParameterCounts:
     embeddings = {
         id(e.weight): e.weight.numel() for e in (model.get_input_embeddings(), model.get_output_embeddings())
     }
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
     layers = feed_forwards(model)
     feed_forward = sum(p.numel() for found in layers for p in found.module.parameters())
     routers = [found.router for found in layers if found.experts is not None and found.router is not None]
@@ -78,12 +103,47 @@ def parameter_counts(config: MoHGEConfig) -> ParameterCounts:
         activated_min=dense + smallest,
         activated_max=dense + largest,
         activated_ffn=feed_forward - routing - routed + average,
+        looked_up=sum(size for table, size in tables.items() if table != id(model.get_output_embeddings().weight)),
     )
 
 
-def describe(config: MoHGEConfig) -> str:
-    """The group table, and total and activated parameters, as text."""
-    counts = parameter_counts(config)
+def counts_as_routed(
+    config: MoHGEConfig,
+    tokens_per_expert: Sequence[Sequence[float]],
+    tokens: int,
+    counts: ParameterCounts | None = None,
+) -> RoutedCounts:
+    """
+    Count what a token takes where the experts are not chosen equally often: tokens prefer wide ones, say.
+
+    Args:
+        config ([`MoHGEConfig`]): Config of the model.
+        tokens_per_expert (`Sequence[Sequence[float]]`):
+            For each layer that has experts, how many tokens came to each, by id.
+        tokens (`int`): Number of tokens.
+        counts ([`ParameterCounts`], *optional*): Those of `config`, if they are there.
+    """
+    counts = counts or parameter_counts(config)
+    chosen = chosen_parameters(config.sparse_layers, tokens_per_expert) / max(tokens, 1)
+    activated = counts.total - counts.routed + chosen
+    return RoutedCounts(round(activated), round(2 * (activated - counts.looked_up)))
+
+
+def chosen_parameters(layers: Sequence[MoHGEConfig], tokens_per_expert: Sequence[Sequence[float]]) -> float:
+    """Parameters of the routed experts that tokens came to, each as often as one did."""
+    return sum(
+        count * layer.expert_parameters(width)
+        for layer, counts in zip(layers, tokens_per_expert, strict=True)
+        for width, count in zip(layer.expert_widths, counts, strict=True)
+    )
+
+
+def describe(config: MoHGEConfig, routings: Sequence[Routing] = ()) -> str:
+    """The group table, and total and activated parameters, as text; the latter also on the texts of `routings`."""
+    return "\n".join([*_groups(config), describe_counts(config, routings)])
+
+
+def _groups(config: MoHGEConfig) -> list[str]:
     lines = []
     distinct = config.sparse_layers if config.is_heterogeneous else config.sparse_layers[:1]
     for index, layer in enumerate(distinct):
@@ -99,13 +159,24 @@ def describe(config: MoHGEConfig) -> str:
                 f"{group:>5} {width:>6} {experts:>8} {each:>16,} {each * experts:>14,} {each * experts / whole:>6.1%}"
             )
         lines.append("")
-    lines += [
+    return lines
+
+
+def describe_counts(config: MoHGEConfig, routings: Sequence[Routing] = ()) -> str:
+    """Total and activated parameters as text."""
+    counts = parameter_counts(config)
+    lines = [
         f"total parameters      {_short(counts.total)}  of which routed experts {_short(counts.routed)}, embeddings "
         f"{_short(counts.embedding)}",
         f"activated per token   {_short(counts.activated)}  {_assumption(config)}; {_short(counts.activated_min)} to "
         f"{_short(counts.activated_max)} by routing",
         f"  of which FFN        {_short(counts.activated_ffn)}",
     ]
+    for routing in routings:
+        activated, flops = counts_as_routed(config, routing.tokens_per_expert, routing.tokens, counts)
+        lines.append(f"  as routed           {_short(activated)}  on {routing.text}; {_short(flops)} FLOPs forward")
+    if config.sparse_layers and not routings:
+        lines.append("  as routed           not measured (mohge eval FOLDER --datasets TEXT does)")
     return "\n".join(lines)
 
 
@@ -128,4 +199,14 @@ def _short(count: int) -> str:
     return str(count)
 
 
-__all__ = ["ParameterCounts", "describe", "model_without_memory", "parameter_counts"]
+__all__ = [
+    "ParameterCounts",
+    "RoutedCounts",
+    "Routing",
+    "chosen_parameters",
+    "counts_as_routed",
+    "describe",
+    "describe_counts",
+    "model_without_memory",
+    "parameter_counts",
+]

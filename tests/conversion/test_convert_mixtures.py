@@ -125,11 +125,12 @@ def test_receipt_of_an_exact_conversion(regrouped):
         "model_type": source.config.model_type,
     }
     expected = parameter_counts(model.config)
-    assert report["parameters"]["after"] == {"total": expected.total, "activated": expected.activated}
+    after = {"total": expected.total, "activated": expected.activated}
+    assert report["parameters"]["after"].items() >= after.items()
     routed = sum(p.numel() for name, p in source.named_parameters() if ".experts." in name)
     idle = routed * (EXPERTS - source.config.num_experts_per_tok) // EXPERTS
     total = source.num_parameters()
-    assert report["parameters"]["before"] == {"total": total, "activated": total - idle}
+    assert report["parameters"]["before"].items() >= {"total": total, "activated": total - idle}.items()
     size = sum(t.numel() * t.element_size() for t in tensors(regrouped.out).values())
     files = sum(file.stat().st_size for file in regrouped.out.glob("*.safetensors"))
     assert size <= report["bytes_written"] <= files

@@ -32,6 +32,8 @@ from pretrain_runs import signal_in
 from processes import WITHOUT_PACKAGE, run_python
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from mohge.backbones_mohge import feed_forwards
+from mohge.commands.main import main
 from mohge.conversion.staging import Staging
 
 
@@ -116,6 +118,101 @@ def test_calibration_text(form, tmp_path):
         assert report["logits"][name] == pytest.approx(perplexity.item(), rel=0.5)
     assert model.generation_config.max_new_tokens == 7
     assert model.generation_config.repetition_penalty == 1.5
+
+
+def _used_by(model, ids) -> tuple[list[list[int]], float]:
+    """Tokens that came to each expert of each layer, and parameters that a token took on average, by running the whole
+    model and adding up the weights of the experts that each token chose."""
+    sparse, chosen, counts = [found for found in feed_forwards(model) if found.experts is not None], {}, []
+    for found in sparse:
+
+        def keep(module, args, number=found.layer_idx):
+            chosen[number] = args[1].flatten().tolist()
+
+        found.experts.register_forward_pre_hook(keep)
+    logits(model, ids)
+    used = model.num_parameters() - sum(p.numel() for found in sparse for p in found.experts.parameters())
+    for found in sparse:
+        experts, stacks = found.experts.num_experts, dict(found.experts.named_parameters())
+        if hasattr(found.experts, "expert_groups"):
+            names = [f"down_proj_{group}" for group in found.experts.expert_groups]
+            widths = [stacks[name].shape[2] if name in stacks else 0 for name in names]
+        else:
+            widths = [stacks["down_proj"].shape[2]] * experts
+        counts.append([0] * experts)
+        for expert in chosen[found.layer_idx]:
+            if expert < experts:
+                counts[-1][expert] += 1
+                used += 3 * model.config.hidden_size * widths[expert] / ids.numel()
+    return counts, used
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("olmoe", ["--mode", "trim", "--widths", "8,20,28", "--experts-per-group", "2"]),
+        ("qwen2_moe", ["--mode", "trim", "--keep", "0.6", "--multiple", "5", "--router", "two_level"]),
+        ("olmoe_normalised_tied_biased", ["--mode", "trim", "--keep", "0.6", "--multiple", "5"]),
+        ("llama", [*COPY, "--widths", "20,44", "--router", "top_p"]),
+    ],
+)
+def test_receipt_counts_what_held_out_tokens_used(name, options, tmp_path, capsys):
+    source, rows, out = make_source(name, tmp_path / "source"), make_ids(64, 47), tmp_path / "out"
+    assert convert(source, out, *options, *calibration(tmp_path / "rows.jsonl", rows)) == 0
+    report, printed = read_report(out), capsys.readouterr().out
+    text = f"{tmp_path / 'rows.jsonl'}, {8 * 47} tokens held out"
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    for when, folder in (("before", source), ("after", out)):
+        model = load(folder)
+        counts, used = _used_by(model, rows[-8:])
+        field = "tokens_per_expert" + "_before" * (when == "before")
+        assert [layer[field] for layer in report["layers"] if layer[field]] == counts
+        found, tied = report["parameters"][when], model.config.tie_word_embeddings
+        assert found["activated_as_routed"] == round(used)
+        looked_up = 0 if tied else model.get_input_embeddings().weight.numel()
+        assert found["flops_per_token"] == round(2 * (used - looked_up))
+    card, layers = (out / "README.md").read_text(), load(out).config.sparse_layers
+    assert f"{after['activated_as_routed']:,} (" in card
+    differ = len({layer.expert_widths for layer in layers}) > 1
+    assert ("](widths.svg)" in card) is (out / "widths.svg").exists() is differ is ("--keep" in options)
+    assert f"{before['activated']:,} -> {after['activated']:,} with equal traffic" in printed
+    routed = f"{before['activated_as_routed']:,} -> {after['activated_as_routed']:,}"
+    assert f"{routed} on {text}" in printed
+    assert f"{before['flops_per_token']:,} -> {after['flops_per_token']:,}" in printed
+    assert main(["info", str(out)]) == 0
+    assert f"{after['activated_as_routed'] / 1000:.3f}K  on {text.rpartition('/')[2]}" in capsys.readouterr().out
+
+
+def test_receipt_says_so_if_the_tokens_were_random(tmp_path, capsys):
+    assert convert(make_source("olmoe", tmp_path / "source"), tmp_path / "out", *REGROUP) == 0
+    report = read_report(tmp_path / "out")
+    before, after = report["parameters"]["before"], report["parameters"]["after"]
+    assert before["activated_as_routed"] == after["activated_as_routed"] == before["activated"]  # of one width
+    assert f"on {report['check']['tokens']} random tokens" in capsys.readouterr().out
+    for layer in report["layers"]:
+        assert sorted(layer["tokens_per_expert"]) == sorted(layer["tokens_per_expert_before"])
+        assert sum(layer["tokens_per_expert"]) == 2 * report["check"]["tokens"]
+    record = tmp_path / "out" / "conversion_report.json"
+    for change in (
+        {"layers": [layer | {"tokens_per_expert": [1, 2]} for layer in report["layers"]]},
+        {"layers": report["layers"][:1]},
+        {"layers": [3]},
+        {"layers": None},
+        {"check": None},
+        {"check": {"tokens": "x", "text": "random"}},
+        {"check": {"tokens": 32, "text": "calibration"}},
+        {"check": {"tokens": 1, "text": "random"}},
+    ):
+        record.write_text(json.dumps(report | change))
+        assert main(["info", str(tmp_path / "out")]) == 2
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.count("\n")) == ("", 1)
+        assert "conversion_report.json" in printed.err
+    for layer in report["layers"]:
+        del layer["tokens_per_expert"]
+    record.write_text(json.dumps(report))  # as it was before these numbers were recorded
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert "as routed           not measured" in capsys.readouterr().out
 
 
 def _weights_and_config(folder):

@@ -1,6 +1,7 @@
 """Model cards: what the records of a folder become, and that nothing else is claimed."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from model_cases import make_config, make_model
 from mohge import MoHGEConfig, MoHGEModel
 from mohge.commands.main import main
 from mohge.info import parameter_counts
-from mohge.model_cards.card import MARKER, keep_card, make_card
+from mohge.model_cards.card import MARKER, draw_widths, keep_card, make_card
 from mohge.model_cards.records import is_hub_id, read_record
+from mohge.model_cards.staging import is_stale, pushed_files, stage
 from mohge.training import RouterStatistics, RouterTraffic
 
 
@@ -143,6 +145,50 @@ def test_routing_recorded_in_training(tmp_path):
         make_card(tmp_path, NAME, make_config(moe_intermediate_sizes=[16, 24, 40]))
 
 
+def test_both_counts_with_the_name_of_the_text(tmp_path):
+    config = make_config(moe_intermediate_sizes=[0, 24, 40], mlp_only_layers=[0])
+    counts, tokens = [number % 7 for number in range(12)], 26
+    router = {"texts": ["/home/me/held-out.txt", "org/text"], "tokens": tokens, "tokens_per_expert": [counts]}
+    statistics = RouterStatistics(config, 1000)
+    statistics.add([torch.tensor(counts)], tokens)
+    router |= {"summary": statistics.summary(), "table": statistics.table()}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"results": [], "router": router}))
+    card = make_card(tmp_path, NAME, config).text
+    exact = parameter_counts(config)
+    used = sum(3 * 32 * width * count for width, count in zip(config.expert_widths, counts, strict=True)) / tokens
+    activated = exact.total - exact.routed + used
+    assert f"passes through {exact.activated:,} on average if every expert is chosen equally often, " in card
+    flops = f"{round(2 * (activated - 64 * 32)):,} FLOPs forward"
+    assert f"{round(activated):,} ({flops}) as routed on held-out.txt and org/text, 26 tokens." in card
+    assert f"as routed           {activated / 1000:.3f}K  on held-out.txt and org/text, 26 tokens" in card
+    assert "/home/me" not in card
+
+
+def test_layers_of_different_widths_are_a_picture_and_a_table(tmp_path):
+    layers = {1: {"moe_intermediate_sizes": [0, 40, 64]}, 2: {"moe_intermediate_sizes": [8, 40, 64]}}
+    config = make_config(num_hidden_layers=4, mlp_only_layers=[3], per_layer_config=layers)
+    assert "widths.svg" not in make_card(tmp_path, NAME, make_config()).text
+    draw_widths(make_config(), tmp_path)
+    assert not (tmp_path / "widths.svg").exists()
+    make_model(num_hidden_layers=4, mlp_only_layers=[3], per_layer_config=layers).save_pretrained(tmp_path / "model")
+    (tmp_path / "staged").mkdir()
+    card = stage(tmp_path / "model", tmp_path / "staged", NAME)
+    assert "](widths.svg)" in card.text
+    assert "\n| 0 | 12 | 8 x 2, 24 x 4, 40 x 6 |\n| 1 | 12 | 0 x 2, 40 x 4, 64 x 6 |\n" in card.text
+    assert "widths.svg" in pushed_files(tmp_path / "staged")
+    assert is_stale("widths.svg")
+    picture = (tmp_path / "staged" / "widths.svg").read_bytes()
+    draw_widths(config, tmp_path)
+    assert (tmp_path / "widths.svg").read_bytes() == picture  # the same model gives the same bytes
+    assert len(picture) < 100_000
+    root = ElementTree.fromstring(picture)
+    kinds = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert not kinds & {"script", "image", "foreignObject", "a"}
+    texts = ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"layer", "width", "removed", "8", "24", "40", "64", "0"} <= set(texts)
+    assert b"fill: #ffffff" in picture  # a ground of its own, whatever the page's
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "evaluation.json"])
 @pytest.mark.parametrize("text", ["{", "[1, 2]"])
 def test_damaged_record_is_named(name, text, tmp_path):
@@ -165,7 +211,10 @@ def test_card_of_a_conversion(tmp_path):
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
     report["source"] |= {"path": "org/olmoe", "revision": "abc"}
     (tmp_path / "out" / "conversion_report.json").write_text(json.dumps(report))
-    assert make_card(tmp_path / "out", NAME, make_config()).data.base_model == "org/olmoe"
+    config = MoHGEConfig.from_pretrained(tmp_path / "out")
+    assert make_card(tmp_path / "out", NAME, config).data.base_model == "org/olmoe"
+    with pytest.raises(ValueError, match=r"conversion_report.json says of other experts"):
+        make_card(tmp_path / "out", NAME, make_config())
 
 
 def test_card_of_an_export_is_for_the_other_architecture(tmp_path):

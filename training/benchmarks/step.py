@@ -2,8 +2,9 @@
 Speed of MoHGE against transformers' OLMoE, side by side in one process: `python -m mohge.training.benchmarks.step`.
 
 Both models have the same hidden size, layers, attention, number of experts and K; OLMoE's experts all have MoHGE's
-mean width, so the routed experts of both hold the same parameters and do the same work at equal traffic. Results are
-checked before anything is timed, the contestants alternate, and medians are printed.
+mean width, so the routed experts of both hold the same parameters and do the same work at equal traffic; what a token
+uses as routed is printed beside. Results are checked before anything is timed, the contestants alternate, and medians
+are printed.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.blocks_mohge import MoHGESparseMoeBlock
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
+from mohge.info import counts_as_routed, parameter_counts
+from mohge.training.report.measure import evaluate_routing
 
 
 def main() -> None:
@@ -45,6 +48,9 @@ def main() -> None:
     torch.manual_seed(0)
     models = _models(options)
     _check(models, options)
+    sizes = {name: _sizes(model, _batch(options)) for name, model in models.items()}
+    for name, (total, used) in sizes.items():
+        print(f"{name}: {total:,} parameters, {used:,} used by a token as routed")
     measurements = {
         "training step": _measure(
             # with router logits OLMoE adds its load-balancing loss; MoHGE adds its own in any case
@@ -58,7 +64,7 @@ def main() -> None:
     _print(measurements, options)
     memory = _memory(options)
     if options.json:
-        record = {**_record(measurements, options), "peak_bytes": memory}
+        record = {**_record(measurements, options), "peak_bytes": memory, "parameters_total_and_used": sizes}
         options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -133,6 +139,18 @@ def _models(options) -> dict[str, torch.nn.Module]:
         ),
     }
     return {name: m.to(options.device, getattr(torch, options.dtype)) for name, m in built.items()}
+
+
+def _sizes(model: torch.nn.Module, batch: torch.Tensor) -> tuple[int, int]:
+    """Parameters in all, and those that a token of the batch passes through."""
+    config = model.config
+    if isinstance(config, MoHGEConfig):
+        routing = evaluate_routing(model, [{"input_ids": batch}]).statistics.routing("the batch")
+        used = counts_as_routed(config, routing.tokens_per_expert, routing.tokens).activated
+    else:  # OLMoE, whose experts have one width
+        experts = {"moe_intermediate_sizes": [config.intermediate_size], "num_experts_per_group": config.num_experts}
+        used = parameter_counts(MoHGEConfig(backbone_config=config, **experts)).activated
+    return model.num_parameters(), used
 
 
 def _batch(options, tokens: int | None = None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.info import describe_counts
 from mohge.model_cards.reload import CACHE_TOLERANCE, cache_error
 from mohge.model_cards.writing import new_folder
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
@@ -146,15 +147,15 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     evaluated = held_out_set.select(range(min(32, len(held_out_set))))
     routing = evaluate_routing(reloaded, batches(evaluated, BATCH))
     print(format_router_table(routing.statistics))
-    activated, total = routing.statistics.activated_parameters(), model.num_parameters()
-    print(f"activated parameters per token: {activated:,.0f} of {total:,}")
+    about = f"Python's standard library, {len(routing.token_ids):,} held-out tokens"
+    print(describe_counts(model.config, [routing.statistics.routing(about)]))
     report = Report(
         f"mohge demo, {router}",
         model.config,
         trainer.state.log_history,
         evaluation=routing,
         tokenizer=tokenizer,
-        text=f"Python's standard library, {len(routing.token_ids):,} held-out tokens",
+        text=about,
         facts={
             "held-out perplexity": f"{before:,.1f} before training, {after:,.2f} after",
             "logits after reload": "identical" if identical else "different",

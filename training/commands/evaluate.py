@@ -72,7 +72,9 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from mohge.conversion.tokenizer import required_tokenizer
+    from mohge.info import describe_counts
     from mohge.loading import load_model
+    from mohge.model_cards.records import name_tokens
     from mohge.model_cards.shipped import load_config, shipped_file
     from mohge.model_cards.writing import write_file
     from mohge.training.data.packing import absolute, check_sequence_length, parse_sources
@@ -123,11 +125,15 @@ def run(options: argparse.Namespace) -> int:
             return 1
     results = _read_results(file)  # others may have been added meanwhile
     if statistics is not None:
-        results["router"] = {"summary": statistics.summary(), "table": statistics.table()}
-        print(f"\n{format_router_table(statistics)}")
-        print(
-            f"activated parameters per token: {statistics.activated_parameters():,.0f} of {model.num_parameters():,}"
-        )
+        routing = statistics.routing(name_tokens([source.path for source in sources], int(statistics.tokens)))
+        results["router"] = {
+            "summary": statistics.summary(),
+            "table": statistics.table(),
+            "texts": [absolute(source.path) for source in sources],
+            "tokens": routing.tokens,
+            "tokens_per_expert": routing.tokens_per_expert,
+        }
+        print(f"\n{format_router_table(statistics)}\n{describe_counts(config, [routing])}")
     kept = [old for old in results["results"] if not any(_same_subject(old, result) for result in new)]
     results["results"] = kept + new
     if file is not None:

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if path.exists() and not is_page(path):
         raise FileExistsError(f"--output {path} exists and is no page of mohge report: name another file")
     record = read_record(options.source)
-    report = Report(options.source, record.config, record.history, record.traffic)
+    report = Report(options.source, record.config, record.history, record.traffic, record.routings)
     if options.text is not None:
         report.evaluation, report.tokenizer = measure_text(record, options.text, options.tokens)
         tokens = len(report.evaluation.token_ids)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.info import Routing, chosen_parameters
 
 
 def dense_parameters(model: MoHGEForCausalLM) -> int:
@@ -67,11 +68,13 @@ class RouterStatistics:
 
     def activated_parameters(self) -> float:
         """Mean number of parameters a token passes through, embeddings included."""
-        routed = sum(
-            count @ torch.tensor([layer.expert_parameters(width) for width in layer.expert_widths]).to(count)
-            for layer, count in zip(self.layers, self.counts, strict=True)
-        )
-        return self.dense_parameters + float(routed / self.tokens.clamp(min=1))
+        counts = torch.cat(self.counts).split([layer.num_experts for layer in self.layers])
+        chosen = chosen_parameters(self.layers, [count.tolist() for count in counts])
+        return self.dense_parameters + chosen / max(float(self.tokens), 1)
+
+    def routing(self, text: str) -> Routing:
+        """What has been counted, as a record of the tokens of `text`."""
+        return Routing(text, int(self.tokens), [count.long().tolist() for count in self.counts])
 
     def summary(self) -> dict[str, float]:
         """

@@ -42,6 +42,8 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text, in a font of the reader's machine
     "svg.hashsalt": "mohge",  # the same figure gives the same bytes
 }
+REMOVED = "#d5d9de"
+"""Color of what is not there."""
 _QUIET = "#6b7480"
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", "-.", ":")
@@ -63,15 +65,20 @@ class Exhibit(NamedTuple):
     """The numbers, row by row under `columns`."""
 
 
-def as_data_uri(exhibit: Exhibit, narrow: bool) -> str:
-    """Draw a figure as an SVG image in a `data:` address."""
+def as_svg(exhibit: Exhibit, narrow: bool = False) -> bytes:
+    """Draw a figure as an SVG image, on white whatever is around it."""
     with matplotlib.rc_context(_STYLE):
         size = (NARROW if narrow else WIDE) / 96, exhibit.heights[narrow] / 96
         figure = Figure(figsize=size, layout="constrained")
         exhibit.draw(figure, narrow)
         content = io.BytesIO()
         figure.savefig(content, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return content.getvalue()
+
+
+def as_data_uri(exhibit: Exhibit, narrow: bool) -> str:
+    """Draw a figure as an SVG image in a `data:` address."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(as_svg(exhibit, narrow)).decode()}"
 
 
 def group_styles(number: int) -> list[dict]:
@@ -131,7 +138,7 @@ def draw_reference(axes: Axes, value: float, label: str, right: bool = True):
 def draw_heat_map(axes: Axes, values: np.ndarray, largest: float, numbers: bool = False):
     """Draw `values` `[R, C]` from 0 to `largest`, row 0 on top, grey where they are NaN."""
     image = axes.imshow(np.ma.masked_invalid(values), aspect="auto", vmin=0, vmax=max(largest, 1e-9))
-    axes.set_facecolor("#d5d9de")
+    axes.set_facecolor(REMOVED)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     if numbers:

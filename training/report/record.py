@@ -11,8 +11,10 @@ from transformers.utils import CONFIG_NAME
 
 from mohge import MoHGEConfig
 from mohge.conversion.tokenizer import required_tokenizer
+from mohge.info import Routing
 from mohge.loading import load_model
 from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, read_json
+from mohge.model_cards.records import recorded_routings
 from mohge.model_cards.shipped import load_config
 
 from ..data.packing import batches, packed_blocks, parse_sources
@@ -37,6 +39,8 @@ class Record(NamedTuple):
     """`log_history` of the run's `Trainer`; empty for a model without a record."""
     traffic: RouterTraffic | None
     """The newest routing of the run, if it was recorded."""
+    routings: list[Routing]
+    """All that is recorded of where tokens went."""
 
 
 def read_record(source: str) -> Record:
@@ -52,7 +56,7 @@ def read_record(source: str) -> Record:
     """
     folder = Path(source)
     if not folder.is_dir():
-        return Record(source, load_config(source), [], None)
+        return Record(source, load_config(source), [], None, [])
     checkpoint = get_last_checkpoint(source)
     places = [folder] if checkpoint is None else [folder, Path(checkpoint)]
     states = [(place, _read_state(place)) for place in places if (place / TRAINER_STATE_NAME).is_file()]
@@ -63,7 +67,7 @@ def read_record(source: str) -> Record:
     if (folder / "traffic.json").is_file():
         traffic = RouterTraffic.load(folder / "traffic.json")
         traffic.check(config)
-    return Record(str(model), config, state["log_history"], traffic)
+    return Record(str(model), config, state["log_history"], traffic, recorded_routings(folder, config))
 
 
 def _read_state(folder: Path) -> dict:

@@ -1,6 +1,6 @@
 """What a page is about, and the facts on top of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mohge import MoHGEConfig
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
-from mohge.info import ParameterCounts, parameter_counts
+from mohge.info import ParameterCounts, Routing, counts_as_routed, parameter_counts
 
 from ..loop.metrics import RouterStatistics
 from ..loop.traffic import RouterTraffic
@@ -28,6 +28,7 @@ class Report:
         config ([`MoHGEConfig`]): The model's config.
         history (`list[dict]`, *optional*): `log_history` of a [`MoHGETrainer`].
         traffic ([`RouterTraffic`], *optional*): The newest routing of the run.
+        routings (`list[Routing]`, *optional*): All that is recorded of where tokens went.
         evaluation ([`RoutingEvaluation`], *optional*): Routing of a text.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed with `evaluation`.
         text (`str`, *optional*): What the text is.
@@ -39,6 +40,7 @@ class Report:
     config: MoHGEConfig
     history: list[dict] = field(default_factory=list)
     traffic: RouterTraffic | None = None
+    routings: list[Routing] = field(default_factory=list)
     evaluation: RoutingEvaluation | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     text: str | None = None
@@ -93,6 +95,13 @@ class Report:
             return logged[-1]["router/activated_parameters"], f"logged at step {logged[-1]['step']:,}"
         return self.sizes.activated, "if experts are equally likely"
 
+    def _as_routed(self) -> Iterator[str]:
+        """What a token takes, for each text whose routing is known."""
+        measured = [] if self.evaluation is None else [self.evaluation.statistics.routing(self.text or "the text")]
+        for text, tokens, per_expert in [*measured, *self.routings]:
+            counts = counts_as_routed(self.config, per_expert, tokens, self.sizes)
+            yield f"{counts.activated:,} ({counts.flops:,} FLOPs forward) on {text}"
+
     def all_facts(self) -> dict[str, str]:
         """Lines about model, training and text."""
         config, layers = self.config, self.config.sparse_layers
@@ -110,6 +119,8 @@ class Report:
             "groups": f"{len(labels)}; of width {', '.join(label.split(': ')[1] for label in evenly(labels, 16))}",
             "router losses": ", ".join(f"{name} {value:g}" for name, value in coefficients.items() if value) or "none",
             "layers": f"{config.num_hidden_layers}, {len(layers)} with experts",
+            "activated, equal traffic": f"{self.sizes.activated:,}",
+            "activated, as routed": "; ".join(self._as_routed()) or "not measured",
         }
         if self.history:
             facts["training"] = f"{max(entry['step'] for entry in self.history):,} steps"

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_cases import VARIANTS, make_ids, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge import MoHGEConfig, MoHGEForCausalLM, record_routing
 from mohge.commands import demo
 from mohge.commands.main import main
-from mohge.info import parameter_counts
+from mohge.info import counts_as_routed, parameter_counts
 from mohge.training.data import corpus, packing
 
 
@@ -56,6 +57,28 @@ def test_parameter_counts_are_those_of_the_model(router, tied):
     assert found == pytest.approx([dense + 2 * value for value in expected], abs=2)
     shared_and_dense = 2 * 3 * 32 * 16 + 3 * 32 * 48
     assert counts.activated_ffn == pytest.approx(shared_and_dense + 2 * expected[1], abs=2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_counts_as_routed_are_those_of_the_tokens(name):
+    """Against the experts that each token chose, one token after the other."""
+    model, ids = make_model(**VARIANTS[name]), make_ids(2, 23)
+    with torch.no_grad(), record_routing() as routing:
+        model(ids)
+    tokens_per_expert, used = [], 0
+    for layer, routed in zip(model.config.sparse_layers, routing, strict=True):
+        tokens_per_expert.append([0] * layer.num_experts)
+        for expert in routed.index.flatten().tolist():
+            if expert < layer.num_experts:  # or else an empty slot of a top-p set
+                tokens_per_expert[-1][expert] += 1
+                used += 3 * 32 * layer.expert_widths[expert]
+    everywhere = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
+    looked_up = 0 if model.config.tie_word_embeddings else 64 * 32
+    counts = counts_as_routed(model.config, tokens_per_expert, ids.numel())
+    assert counts.activated == round(everywhere + used / ids.numel())
+    assert counts.flops == round(2 * (everywhere - looked_up + used / ids.numel()))
+    exact = parameter_counts(model.config)
+    assert exact.activated_min <= counts.activated <= exact.activated_max
 
 
 def test_help_names_every_command(capsys):

@@ -11,7 +11,7 @@ import yaml
 from trainer_runs import config as make_config
 from transformers import AutoTokenizer
 
-from mohge import MoHGEForCausalLM
+from mohge import MoHGEForCausalLM, record_routing
 from mohge.commands.main import main
 from mohge.training.data.corpus import train_tokenizer
 
@@ -98,6 +98,61 @@ def test_router_report_counts_every_token(saved, model):
     router = json.loads((model / "evaluation.json").read_text())["router"]
     assert sum(row["choices"] for row in router["table"]) == tokens * 2  # two experts per token, one sparse layer
     assert router["summary"]["activated_parameters"] > 0
+
+
+def test_info_says_what_was_used_as_routed(saved, model, capsys):
+    """By what each piece of each document chooses alone."""
+    assert main(["info", str(model)]) == 0
+    assert "as routed           not measured (mohge eval FOLDER" in capsys.readouterr().out
+    assert evaluate(model, "--datasets", saved / "text.jsonl", "--sequence-length", 512) == 0
+    net, tokenizer = MoHGEForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    (layer,), counts, tokens = net.config.sparse_layers, torch.zeros(6, dtype=torch.long), 0
+    for text in TEXTS:
+        ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad(), record_routing() as routing:
+            net(ids)
+        counts, tokens = counts + routing[0].index.flatten().bincount(minlength=6), tokens + ids.numel()
+    router = json.loads((model / "evaluation.json").read_text())["router"]
+    assert (router["tokens"], router["tokens_per_expert"]) == (tokens, [counts.tolist()])
+    used = sum(n * 3 * net.config.hidden_size * w for n, w in zip(counts.tolist(), layer.expert_widths, strict=True))
+    activated = net.num_parameters() - net.config.routed_parameters + used / tokens
+    line = f"as routed           {activated / 1000:.3f}K  on text.jsonl, {tokens:,} tokens; "
+    assert line.replace("text.jsonl", str(saved / "text.jsonl")) in capsys.readouterr().out
+    assert main(["info", str(model)]) == 0
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens_per_expert": [[1] * 5]},
+        {"tokens_per_expert": []},
+        {"tokens_per_expert": [[-1] * 6]},
+        {"tokens_per_expert": [["1"] * 6]},
+        {"tokens_per_expert": [[0.5] * 6]},
+        {"tokens_per_expert": 3},
+        {"tokens_per_expert": [3]},
+        {"tokens": 1},
+        {"tokens": "many"},
+        {"tokens": None},
+        {"texts": None},
+        {"texts": [3]},
+        None,
+        "{",
+        "[]",
+        '{"router": 3}',
+    ],
+    ids=str,
+)
+def test_info_on_a_damaged_record_is_one_line(change, model, capsys):
+    router = {"texts": ["a"], "tokens": 9, "tokens_per_expert": [[3] * 6]}
+    text = change if isinstance(change, str) else json.dumps({"router": router | change if change else [1]})
+    (model / "evaluation.json").write_text(text)
+    assert main(["info", str(model)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "evaluation.json" in printed.err
 
 
 def test_first_tokens_only(saved, model):

@@ -12,6 +12,7 @@ from report_runs import CONTEXT, EDGES, TAG, TEXT, Page, save_model, train_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohge.commands.main import main
+from mohge.info import parameter_counts
 from mohge.training import RouterTraffic
 from mohge.training.report.record import read_record
 
@@ -77,6 +78,15 @@ def test_figures_of_the_text_are_those_of_the_model(run):
     assert page.facts["MaxVio"] == f"{sum(float(c.max() / c.mean()) - 1 for c in counts) / 3:.2f}"
     assert page.facts["dead experts"] == str(sum(int((c == 0).sum()) for c in counts))
     assert page.facts["text"].endswith(f"text.txt, first {CONTEXT - 5} tokens")
+    assert page.facts["activated, equal traffic"] == f"{parameter_counts(model.config).activated:,}"
+    used = sum(
+        3 * model.config.hidden_size * layer.expert_widths[expert] * int(count[expert])
+        for layer, count in zip(model.config.sparse_layers, counts, strict=True)
+        for expert in range(layer.num_experts)
+    )
+    activated = model.num_parameters() - model.config.routed_parameters + used / (CONTEXT - 5)
+    assert page.facts["activated, as routed"].startswith(f"{round(activated):,} (")
+    assert f" FLOPs forward) on {page.facts['text']}; " in page.facts["activated, as routed"]
 
 
 def test_without_text_the_record_is_enough_and_weights_are_not_read(written, trained):
@@ -88,6 +98,7 @@ def test_without_text_the_record_is_enough_and_weights_are_not_read(written, tra
     loads = [traffic.layer_counts(layer).sum(0) for layer in range(3)]
     assert page.facts["MaxVio"] == f"{sum(float(load.max() / load.mean()) - 1 for load in loads) / 3:.2f}"
     assert "in the last 24 forward passes of training" in page.text
+    assert f" on the last passes of training, {sum(traffic.tokens):,} tokens" in page.facts["activated, as routed"]
 
 
 def test_loss_table_has_what_was_logged(written, trained):
