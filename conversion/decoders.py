@@ -398,7 +398,7 @@ class MoHGE(Decoder):
             _fill(stacks[group], slot, expert)
         for group, names in enumerate(self._names_of_groups(number)):
             pairs = zip(names, stacks[group], strict=True)
-            tensors |= {name: stack for name, stack in pairs if stack is not None}
+            tensors |= {name: stack for name, stack in pairs if stack is not None and group in config.kept_groups}
         return tensors
 
     def _names_of_groups(self, number: int) -> list[list[str]]:

@@ -40,6 +40,9 @@ class Recipe:
     router: Router | None = _option(
         None, "router (default: two_level for a dense source, source, its own, for a mixture)"
     )
+    keep_active: float | int | None = _option(
+        None, "activated parameters as routed, as a fraction of the source's (split, in place of widths and counts)"
+    )
     reinit: float | int | None = _option(None, "fraction of each expert's neurons to draw anew (copy)")
     pad: bool | None = _option(None, "pad every expert to the largest width (export)")
     calibration: str | None = _option(None, "text: a Hub id, a folder, or a txt, jsonl, json, csv or parquet file")
@@ -100,6 +103,8 @@ def load_recipe(path: str | None, **options) -> Recipe:
         raise ValueError(f"`seed` is {recipe.seed}: it must be in 0 to 2147483647")
     if recipe.widths and min(recipe.widths) < 1:  # no mode removes experts, which width 0 is for
         raise ValueError(f"`widths` is {recipe.widths}: each must be at least 1")
+    if recipe.keep_active is not None and not 0 < recipe.keep_active < 1:
+        raise ValueError(f"`keep_active` is {recipe.keep_active}: it is a fraction, between 0 and 1")
     if recipe.reinit is not None and not 0 <= recipe.reinit <= 1:
         raise ValueError(f"`reinit` is {recipe.reinit}: it is a fraction, 0 to 1")
     return recipe

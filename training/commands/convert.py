@@ -26,6 +26,7 @@ _TYPES = {
     "experts_per_group": number_or_numbers,
     "top_k": int,
     "top_groups": int,
+    "keep_active": float,
     "reinit": float,
     "calibration_tokens": int,
     "calibration_length": int,
