@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.backbones_mohge import FeedForward
+from mohge.info import parameter_counts
 from mohge.model_cards.card import make_card
 from mohge.model_cards.folder import copy_side_files
 from mohge.model_cards.writing import write_file
@@ -24,6 +25,7 @@ from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .calibration import Tokens, random_tokens, read_tokens
 from .decoders import Decoder, LayerWeights, MoHGE, Passed
+from .gradients import neuron_saliency
 from .modes import Converted, Layer
 from .plan import Plan
 from .receipt import LogitComparison, make_report
@@ -60,6 +62,9 @@ def convert(plan: Plan, progress: bool = False) -> dict:
             raise ValueError(
                 f"`calibration_tokens` leaves {fitted} tokens for {plan.target.config.num_experts} experts: raise it"
             )
+    if plan.mode.needs_saliency:
+        plan.mode.survey(neuron_saliency(plan.checkpoint.folder, tokens.ids[: -tokens.held_out]))
+        plan.after = parameter_counts(plan.target.equivalent)
     shards = plan.source.num_layers + 1
     staging = Staging(Path(plan.recipe.output), shards, _identity(plan, tokens))
     try:

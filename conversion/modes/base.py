@@ -64,6 +64,8 @@ class Mode(ABC):
     """The options that it knows, beside those that every mode knows."""
     needs_difficulty = False
     """Whether `Layer.difficulty` is wanted."""
+    needs_saliency = False
+    """Whether `survey` is to be called."""
 
     def __init__(self, recipe: Recipe, source: Source | MoHGE):
         self.recipe, self.source = recipe, source
@@ -126,6 +128,10 @@ class Mode(ABC):
     def mohge(self, **fields) -> MoHGE:
         """A MoHGE model with the source as its backbone."""
         return MoHGE(MoHGEConfig(backbone_config=self.source.config, dtype=self.source.config.dtype, **fields))
+
+    def survey(self, saliency_LD: torch.Tensor):
+        """Take in what the loss loses without each neuron, before the first layer; `target` may change."""
+        raise NotImplementedError
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> Any:
         """What `convert` needs to know of calibration tokens; `run` may be called several times, or not at all."""

@@ -1,5 +1,7 @@
 """Splitting a dense feed-forward into a shared expert and routed ones."""
 
+import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from mohge.info import parameter_counts
 from mohge.routing_mohge import MoHGERouter
 
 from ..decoders import LayerWeights, MoHGE
+from ..recipe import Recipe
 from ..statistics import assign, cluster, observe_dense, ridge, square
 from .base import Converted, Layer, Mode, Run, slice_neurons
 from .dense import shared_expert
@@ -23,19 +26,11 @@ _SPREAD = 0.05
 _EXPERTS = 64
 """Routed experts of a layer, for `keep_active`: finer ones fit tokens better, but each costs a row of the router."""
 _CHOSEN = 0.25
-"""Share of the routed neurons that a token uses on average, for `keep_active`."""
-_MOST = 0.6
-"""Most that a token uses of them."""
-
-
-def loss_saliency(layer: Layer, squares_D: torch.Tensor, down_HD: torch.Tensor) -> torch.Tensor:
-    """[D] what is lost without a neuron, summed over tokens: the square of what it adds to the output."""
-    return squares_D * down_HD.square().sum(0)
-
-
-def neurons_used(mode: "Split", layer: Layer) -> float:
-    """How many neurons of a layer a token is to use on average."""
-    return mode.used
+"""Share of the routed neurons that tokens use on average, over all layers, for `keep_active`."""
+_MOST = 2.4
+"""How many times as many as on average a token may use."""
+_WHOLE = 0.97
+"""Share from which on the routed neurons of a layer are one expert, which every token uses."""
 
 
 def _solve(gram: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
@@ -94,7 +89,7 @@ class _Residue:
         config = self.router.config
         routing = self.router(inputs_TH)
         weights_TE = inputs_TH.new_zeros(len(inputs_TH), config.num_experts)
-        weights_TE.scatter_(1, routing.index, routing.weights * config.routed_scaling_factor)
+        weights_TE.scatter_(1, routing.index, routing.weights * config.num_experts_per_tok)
         widths = torch.tensor(config.expert_widths, device=inputs_TH.device)
         ordered_TD = activations_TD[:, self.order_D]
         routed_TD = ordered_TD.clone()
@@ -131,6 +126,21 @@ class Split(Mode):
     exact = False
     reason = "a token passes through the shared expert and some of the routed ones only"
     needs_calibration = "to tell which neurons are needed together"
+    saliency_LD: torch.Tensor | None = None
+    """What the loss loses without each neuron, summed over tokens; None where that is not known."""
+
+    @property
+    def needs_saliency(self) -> bool:
+        return self.recipe.keep_active is not None
+
+    def survey(self, saliency_LD: torch.Tensor):
+        self.saliency_LD = saliency_LD
+        self.target = self.make_target()
+
+    def resolved(self, revision: str | None) -> Recipe:
+        return (
+            super().resolved(revision) if self.recipe.keep_active is None else replace(self.recipe, revision=revision)
+        )
 
     def make_target(self) -> MoHGE:
         fields = {"topk_weight_normalization": "softmax"}
@@ -156,37 +166,64 @@ class Split(Mode):
         return self.mohge(**fields)
 
     def _layout(self) -> dict:
-        """Fields of the config for `keep_active`; also finds `used`."""
+        """Fields of the config for `keep_active`; also finds `used_L`, the neurons of each layer that a token uses on
+        average."""
         for option in ("widths", "experts_per_group", "top_k", "top_groups"):
             if getattr(self.recipe, option) is not None:
                 raise ValueError(f"`{option}` and `keep_active` exclude one another: leave one of them out")
-        kept, width, source = self.recipe.keep_active, self.source.width, self.source.config
+        kept, width, config = self.recipe.keep_active, self.source.width, self.source.config
         before = parameter_counts(self.source.equivalent).activated
+        per_neuron = 3 * config.hidden_size * config.num_hidden_layers
         experts = min(_EXPERTS, width // 4)
-        most = max(1, round(_MOST * experts))
-        per_neuron = 3 * source.hidden_size * source.num_hidden_layers
-        rows = (most + experts) / 3  # of the router, as neurons
-
-        def share(used: float) -> float:
-            return 1 - (width - used - rows) * per_neuron / before
-
-        self.used = width - (1 - kept) * before / per_neuron - rows
-        """Neurons of a layer that a token uses on average."""
-        shared = max(0, round((self.used - _CHOSEN * width) / (1 - _CHOSEN)))
-        each = (width - shared) // experts
-        if self.used < 0.1 * width or each < 1:
-            lowest, highest = share(0.1 * width), share(width - (1 - _CHOSEN) * experts)
-            raise ValueError(
-                f"`keep_active` is {kept}: feed-forwards alone are split, so for this model it can be {lowest:.2f} to "
-                f"{highest:.2f}"
-            )
+        rows = experts * (1 + min(1, _MOST * _CHOSEN)) / 3  # of the router, as neurons
+        for _ in range(3):  # how many rows there are follows from how many neurons they leave
+            used = width - (1 - kept) * before / per_neuron - rows
+            shared = max(0, round((used - _CHOSEN * width) / (1 - _CHOSEN)))
+            each = (width - shared) // experts
+            if used < 0.1 * width or each < 1:
+                raise ValueError(
+                    f"`keep_active` is {kept}: beside the router that leaves a token {round(used)} of the {width} "
+                    f"neurons of a feed-forward; ask for what leaves {math.ceil(0.1 * width)} to "
+                    f"{math.floor(width - (1 - _CHOSEN) * experts)}"
+                )
+            shared = width - each * experts
+            self.used_L = self._budgets(used, shared, each)
+            layers = [self._layer((n - shared) / each, each, experts) for n in self.used_L]
+            rows = sum(sum(layer["num_experts_per_group"]) for layer in layers) / len(layers) / 3
+        self.used_L = [
+            width if layer["num_experts_per_tok"] == 2 else n for n, layer in zip(self.used_L, layers, strict=True)
+        ]
         return {
-            "moe_intermediate_sizes": [0, each],
-            "num_experts_per_group": [most, experts],
-            "num_experts_per_tok": most,
+            **layers[0],
+            "per_layer_config": dict(enumerate(layers)),
             "router_type": "top_k",
-            "shared_expert_intermediate_size": width - each * experts,
-            "routed_scaling_factor": float(most),
+            "shared_expert_intermediate_size": shared,
+        }
+
+    def _budgets(self, used: float, shared: int, each: int) -> list[float]:
+        """How many neurons of each layer tokens are to use on average: those that the loss feels most, wherever they
+        are, beside `shared` in every layer."""
+        layers = self.source.num_layers
+        if self.saliency_LD is None:
+            return [used] * layers
+        rest_LD = self.saliency_LD.sort(dim=1, descending=True).values[:, shared:]
+        count = round((used - shared) * layers)
+        chosen = rest_LD.flatten().argsort(descending=True, stable=True)[:count] // rest_LD.shape[1]
+        return [shared + max(each, n) for n in chosen.bincount(minlength=layers).tolist()]
+
+    @staticmethod
+    def _layer(chosen: float, width: int, experts: int) -> dict:
+        """Fields of a layer in which tokens choose so many experts on average."""
+        if chosen >= _WHOLE * experts:
+            return {"moe_intermediate_sizes": [0, width * experts], "num_experts_per_group": [1, 1]} | {
+                "num_experts_per_tok": 2
+            }
+        most = max(3, min(experts, math.ceil(_MOST * chosen)))
+        idle = min(most, math.ceil(2 * (most - chosen)))
+        return {
+            "moe_intermediate_sizes": [0, width],
+            "num_experts_per_group": [idle, experts],
+            "num_experts_per_tok": most,
         }
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> _Partition:
@@ -194,15 +231,17 @@ class Split(Mode):
         down_HD = full.down.to(layer.device).float()
         activity = _Activity(*down_HD.shape, layer.tokens, layer.device)
         run(lambda found: observe_dense(found, activity))
-        saliency_D = loss_saliency(layer, activity.squares_D, down_HD)
-        scale_D = (saliency_D / activity.squares_D).nan_to_num(0.0, 0.0, 0.0).sqrt()
+        scale_D = down_HD.norm(dim=0)
+        if self.saliency_LD is not None:
+            saliency_D = self.saliency_LD[layer.number].to(scale_D)
+            scale_D = (saliency_D / activity.squares_D).nan_to_num(0.0, 0.0, 0.0).sqrt()
         shared, experts = self._partition(layer, activity, scale_D)
 
         need = _Need(len(down_HD), experts, scale_D)
         run(lambda found: observe_dense(found, need))
         rows_EH = self._rows(layer, activity, need.moments_HE)
         rows_EH = rows_EH.cpu().to(full.gate.dtype)
-        router = MoHGERouter(self.target.config).to(layer.device)
+        router = MoHGERouter(self._config(layer)).to(layer.device)
         router.weight.data = rows_EH.to(layer.device).float()  # as they will be read again
         order_D = torch.cat([shared, *experts])
         residue = _Residue(router, order_D, down_HD)
@@ -213,7 +252,7 @@ class Split(Mode):
         self, layer: Layer, activity: _Activity, scale_D: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Neurons of the shared expert, and of each routed one by id."""
-        config, tokens = self.target.config, activity.tokens
+        config, tokens = self._config(layer), activity.tokens
         widths, width = list(config.expert_widths), config.shared_expert_intermediate_size
         # First by what inputs tell: neurons are near whose need is predicted for the same tokens. The Gram matrix of
         # the predictions, with their means taken out, has a factor with a column for each neuron.
@@ -235,7 +274,9 @@ class Split(Mode):
         for inputs_TH, activations_TD in activity.sample:
             need_TD = (activations_TD * scale_D).square()
             logits_TE = inputs_TH @ rows_EH.T
-            chosen_TE = torch.zeros_like(logits_TE).scatter_(1, self._choose(logits_TE), 1.0)
+            chosen_TE = torch.zeros_like(logits_TE).scatter_(
+                1, logits_TE.topk(config.num_experts_per_tok, dim=1).indices, 1.0
+            )
             kept_DE += need_TD.T @ chosen_TE
             needed_D += need_TD.sum(0)
         kept_DE[:, torch.tensor(widths, device=kept_DE.device) == 0] = 0
@@ -247,18 +288,19 @@ class Split(Mode):
     def _rows(self, layer: Layer, activity: _Activity, moments_HE: torch.Tensor) -> torch.Tensor:
         """Router rows [E, H] that predict the need for each expert. That for experts of width 0 is the same for every
         token, and such that tokens use as many neurons as they should."""
-        config = self.target.config
+        config = self._config(layer)
         widths_E = torch.tensor(config.expert_widths, device=moments_HE.device)
         idle_E = widths_E == 0
         moments_HE[:, idle_E] = activity.sum_H[:, None]
         rows_EH = _solve(activity.gram_HH, moments_HE).T
         logits_TE = torch.cat([inputs_TH for inputs_TH, _ in activity.sample]) @ rows_EH.T
         if idle_E.any():
-            wanted = neurons_used(self, layer) - config.shared_expert_intermediate_size
+            wanted = self.used_L[layer.number] - config.shared_expert_intermediate_size
             low, high = 0.0, (logits_TE.max() / logits_TE[:, idle_E].median()).item()
             for _ in range(20):
                 level = (low + high) / 2
-                chosen_TK = self._choose(torch.where(idle_E, level * logits_TE, logits_TE))
+                leveled_TE = torch.where(idle_E, level * logits_TE, logits_TE)
+                chosen_TK = leveled_TE.topk(config.num_experts_per_tok, dim=1).indices
                 used = widths_E[chosen_TK].sum(1).float().mean()
                 low, high = (level, high) if used > wanted else (low, level)
             rows_EH[idle_E] *= level
@@ -266,12 +308,11 @@ class Split(Mode):
         spread = (logits_TE - logits_TE.mean(1, keepdim=True)).std()
         return rows_EH * (_SPREAD / spread) if spread > 0 else rows_EH  # zero where tokens are all alike
 
-    def _choose(self, logits_TE: torch.Tensor) -> torch.Tensor:
-        """[T, K] the experts that the router chooses, but for a choice of groups."""
-        return logits_TE.topk(self.target.config.num_experts_per_tok, dim=1).indices
+    def _config(self, layer: Layer) -> MoHGEConfig:
+        return self.target.config.per_layer_config[layer.number]
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: _Partition) -> Converted:
-        config, residue = self.target.config, statistics.residue
+        config, residue = self._config(layer), statistics.residue
         full, tensors = weights.expert(0), dict(weights.tensors)
         gram_DD, moments_DH = residue.gram_DD.cpu(), residue.moments_DH.cpu()
         correction_HD = _solve(gram_DD, moments_DH).T
@@ -279,7 +320,12 @@ class Split(Mode):
         error = residue.missed - 2 * (correction_HD.T * moments_DH).sum(dtype=torch.float64)
         error = error + square(correction_HD, gram_DD)
         ordered = slice_neurons(full, statistics.order_D)
-        ordered = ordered._replace(down=(ordered.down.float() + correction_HD).to(full.down.dtype))
+        down_HD = ordered.down.float() + correction_HD
+        # Combine weights add up to the scaling factor, which is the same in all layers.
+        down_HD[:, config.shared_expert_intermediate_size :] *= (
+            config.num_experts_per_tok / config.routed_scaling_factor
+        )
+        ordered = ordered._replace(down=down_HD.to(full.down.dtype))
         parts = torch.arange(len(statistics.order_D)).split(
             [config.shared_expert_intermediate_size, *config.expert_widths]
         )
