@@ -41,7 +41,8 @@ class Recipe:
         None, "router (default: two_level for a dense source, source, its own, for a mixture)"
     )
     keep_active: float | int | None = _option(
-        None, "activated parameters as routed, as a fraction of the source's (split, in place of widths and counts)"
+        None,
+        "activated parameters as routed, as a fraction of the source's (split, in place of widths, counts and top-k)",
     )
     reinit: float | int | None = _option(None, "fraction of each expert's neurons to draw anew (copy)")
     pad: bool | None = _option(None, "pad every expert to the largest width (export)")
