@@ -253,7 +253,16 @@ class Split(Mode):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Neurons of the shared expert, and of each routed one by id."""
         config, tokens = self._config(layer), activity.tokens
-        widths, width = list(config.expert_widths), config.shared_expert_intermediate_size
+        width = config.shared_expert_intermediate_size
+        kept = [number for number, width in enumerate(config.expert_widths) if width]
+        capacities = [config.expert_widths[number] for number in kept]
+
+        def members(routed: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
+            experts = [routed[:0]] * config.num_experts
+            for place, number in enumerate(kept):
+                experts[number] = routed[places.to(routed.device) == place]
+            return experts
+
         # First by what inputs tell: neurons are near whose need is predicted for the same tokens. The Gram matrix of
         # the predictions, with their means taken out, has a factor with a column for each neuron.
         predicted_HD = _solve(activity.gram_HH, activity.moments_HD * scale_D)
@@ -263,27 +272,24 @@ class Split(Mode):
         points_DH = points_DH / points_DH.norm(dim=1, keepdim=True).clamp(min=1e-30)
         order_D = (activity.squares_D * scale_D.square()).argsort(descending=True, stable=True)
         shared, routed = order_D.tensor_split([width])
-        clusters = cluster(points_DH[routed].cpu(), widths, layer.generator)
-        experts = [routed[clusters.to(routed.device) == number] for number in range(len(widths))]
+        experts = members(routed, cluster(points_DH[routed].cpu(), capacities, layer.generator))
 
         # Then by what the router makes of it: each neuron moves where it is used most when it is needed, and those
         # that would be missed most into the shared expert.
         moments_HE = torch.stack([activity.moments_HD[:, e] @ scale_D[e] for e in experts], dim=1)
         rows_EH = self._rows(layer, activity, moments_HE)
-        kept_DE, needed_D = torch.zeros(len(order_D), len(widths), device=order_D.device), torch.zeros_like(scale_D)
+        used_DE, needed_D = scale_D.new_zeros(len(order_D), len(kept)), torch.zeros_like(scale_D)
         for inputs_TH, activations_TD in activity.sample:
             need_TD = (activations_TD * scale_D).square()
             logits_TE = inputs_TH @ rows_EH.T
             chosen_TE = torch.zeros_like(logits_TE).scatter_(
                 1, logits_TE.topk(config.num_experts_per_tok, dim=1).indices, 1.0
             )
-            kept_DE += need_TD.T @ chosen_TE
+            used_DE += need_TD.T @ chosen_TE[:, kept]
             needed_D += need_TD.sum(0)
-        kept_DE[:, torch.tensor(widths, device=kept_DE.device) == 0] = 0
-        order_D = (needed_D - kept_DE.max(1).values).argsort(descending=True, stable=True)
+        order_D = (needed_D - used_DE.max(1).values).argsort(descending=True, stable=True)
         shared, routed = order_D.tensor_split([width])
-        places = assign(-kept_DE[routed].cpu(), widths).to(routed.device)
-        return shared, [routed[places == number] for number in range(len(widths))]
+        return shared, members(routed, assign(-used_DE[routed].cpu(), capacities))
 
     def _rows(self, layer: Layer, activity: _Activity, moments_HE: torch.Tensor) -> torch.Tensor:
         """Router rows [E, H] that predict the need for each expert. That for experts of width 0 is the same for every
