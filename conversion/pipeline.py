@@ -62,9 +62,6 @@ def convert(plan: Plan, progress: bool = False) -> dict:
             raise ValueError(
                 f"`calibration_tokens` leaves {fitted} tokens for {plan.target.config.num_experts} experts: raise it"
             )
-    if plan.mode.needs_saliency:
-        plan.mode.survey(neuron_saliency(plan.checkpoint.folder, tokens.ids[: -tokens.held_out]))
-        plan.after = parameter_counts(plan.target.equivalent)
     shards = plan.source.num_layers + 1
     staging = Staging(Path(plan.recipe.output), shards, _identity(plan, tokens))
     try:
@@ -109,6 +106,9 @@ class _Conversion:
     def run(self) -> dict:
         plan, staging = self.plan, self.staging
         folder = staging.prepare()
+        if plan.mode.needs_saliency:
+            plan.mode.survey(self._saliency())
+            plan.after = parameter_counts(plan.target.equivalent)
         tokenizer = self._write_side_files(folder)
         with plan.tensors.open() as read:
             outer = {name: read(name) for name in plan.source.outer_names}
@@ -230,6 +230,15 @@ class _Conversion:
             "relative_error": (missed / whole).sqrt().item() if whole else missed.item(),
             "dead_experts": (counts == 0).nonzero().flatten().tolist(),
         }
+
+    def _saliency(self) -> torch.Tensor:
+        """See `neuron_saliency`; kept, as a run that goes on must come to the same layout."""
+        path = self.staging.scratch / "saliency.safetensors"
+        if not path.exists():
+            saliency_LD = neuron_saliency(self.plan.checkpoint.folder, self.tokens.ids[: -self.tokens.held_out])
+            save_file({"saliency": saliency_LD}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+        return load_file(path)["saliency"]
 
     def _difficulty(self) -> torch.Tensor:
         """[T] loss of the source at each calibration token; where no token follows, the mean."""
