@@ -29,6 +29,8 @@ _CHOSEN = 0.25
 """Share of the routed neurons that tokens use on average, over all layers, for `keep_active`."""
 _MOST = 2.4
 """How many times as many as on average a token may use."""
+_UNLIKE = 0.6
+"""How far layers differ in what tokens use of them, relative to a global ranking of neurons."""
 _WHOLE = 0.97
 """Share from which on the routed neurons of a layer are one expert, which every token uses."""
 
@@ -209,7 +211,10 @@ class Split(Mode):
         rest_LD = self.saliency_LD.sort(dim=1, descending=True).values[:, shared:]
         count = round((used - shared) * layers)
         chosen = rest_LD.flatten().argsort(descending=True, stable=True)[:count] // rest_LD.shape[1]
-        return [shared + max(each, n) for n in chosen.bincount(minlength=layers).tolist()]
+        alone_L = chosen.bincount(minlength=layers) + float(shared)
+        # Tokens drop what they need least, so a layer can do with less than if all dropped the same: layers are nearer
+        # to one another than in a ranking of neurons alone.
+        return (used + _UNLIKE * (alone_L - used)).clamp(shared + each, self.source.width).tolist()
 
     @staticmethod
     def _layer(chosen: float, width: int, experts: int) -> dict:
