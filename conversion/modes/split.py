@@ -178,11 +178,11 @@ class Split(Mode):
         per_neuron = 3 * config.hidden_size * config.num_hidden_layers
         experts = min(_EXPERTS, width // 4)
         rows = experts * (1 + min(1, _MOST * _CHOSEN)) / 3  # of the router, as neurons
-        for _ in range(3):  # how many rows there are follows from how many neurons they leave
+        for _ in range(4):  # how many rows there are follows from how many neurons they leave
             used = width - (1 - kept) * before / per_neuron - rows
             shared = max(0, round((used - _CHOSEN * width) / (1 - _CHOSEN)))
-            each = (width - shared) // experts
-            if used < 0.1 * width or each < 1:
+            each = min(-(-(width - shared) // experts), width // experts)  # up, or the shared expert might have it all
+            if used < 0.1 * width or width - shared < experts:
                 raise ValueError(
                     f"`keep_active` is {kept}: beside the router that leaves a token {round(used)} of the {width} "
                     f"neurons of a feed-forward; ask for what leaves {math.ceil(0.1 * width)} to "
@@ -191,7 +191,8 @@ class Split(Mode):
             shared = width - each * experts
             self.used_L = self._budgets(used, shared, each)
             layers = [self._layer((n - shared) / each, each, experts) for n in self.used_L]
-            rows = sum(sum(layer["num_experts_per_group"]) for layer in layers) / len(layers) / 3
+            needed = sum(sum(layer["num_experts_per_group"]) for layer in layers) / len(layers) / 3
+            rows = max(rows, needed)  # never fewer, or it might go to and fro between two layouts
         self.used_L = [
             width if layer["num_experts_per_tok"] == 2 else n for n, layer in zip(self.used_L, layers, strict=True)
         ]
