@@ -57,6 +57,10 @@ class Recipe:
     )
     multiple: int | None = _option(None, "what the widths that `keep` leads to are multiples of (default: 64)")
     groups: int | None = _option(None, "most different widths in a layer that `keep` leads to (default: 3)")
+    keep_active: float | int | None = _option(
+        None,
+        "activated parameters as routed, as a fraction of the source's (split, in place of widths, counts and top-k)",
+    )
     reinit: float | int | None = _option(None, "fraction of each expert's neurons to draw anew (copy)")
     pad: bool | None = _option(None, "pad every expert to the largest width (export)")
     calibration: str | None = _option(None, "text: a Hub id, a folder, or a txt, jsonl, json, csv or parquet file")
@@ -131,6 +135,8 @@ def load_recipe(path: str | None, **options) -> Recipe:
             raise ValueError(f"`{name}` is {getattr(recipe, name)}: it must be at least 1")
     if recipe.widths and min(recipe.widths) < 1:
         raise ValueError(f"`widths` is {recipe.widths}: each must be at least 1; `keep` removes experts")
+    if recipe.keep_active is not None and not 0 < recipe.keep_active < 1:
+        raise ValueError(f"`keep_active` is {recipe.keep_active}: it is a fraction, between 0 and 1")
     if recipe.reinit is not None and not 0 <= recipe.reinit <= 1:
         raise ValueError(f"`reinit` is {recipe.reinit}: it is a fraction, 0 to 1")
     return recipe

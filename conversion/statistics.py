@@ -290,13 +290,13 @@ def cluster(points: torch.Tensor, capacities: list[int], generator: torch.Genera
     """
     centroids = points[torch.randperm(len(points), generator=generator)[: len(capacities)]].clone()
     for _ in range(rounds):
-        assigned_N = _assign(torch.cdist(points, centroids), capacities)
+        assigned_N = assign(torch.cdist(points, centroids), capacities)
         for c in assigned_N.unique():
             centroids[c] = points[assigned_N == c].mean(0)
     return assigned_N
 
 
-def _assign(distances_NC: torch.Tensor, capacities: list[int]) -> torch.Tensor:
+def assign(distances_NC: torch.Tensor, capacities: list[int]) -> torch.Tensor:
     """[N] nearest cluster that has room; where a cluster has too many takers, the nearest are taken."""
     assigned_N = torch.full((len(distances_NC),), -1)
     room_C = torch.tensor(capacities)

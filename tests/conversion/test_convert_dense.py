@@ -308,3 +308,24 @@ def test_narrow_copy_without_data(tmp_path):
             expected = (gate[index], up[index], down[:, index])
             assert all(map(torch.equal, routed_expert(weights, config, layer, expert), expected))
     assert read_report(out)["calibration"] is None
+
+
+@pytest.mark.parametrize("name", ["llama_biased_llama3_rope", "mistral_sliding_window", "qwen2_mixed_windows_tied"])
+def test_split_lays_out_itself_what_it_was_asked_to_keep(name, tmp_path):
+    """The layout follows from the text: layers differ in it, and all neurons are there."""
+    source, out, again = make_source(name, tmp_path / "source"), tmp_path / "out", tmp_path / "again"
+    options = calibration(tmp_path / "rows.jsonl", make_ids(64, 47))
+    assert convert(source, out, "--mode", "split", "--keep-active", "0.9", *options) == 0
+    model, before, weights = load(out), tensors(source), tensors(out)
+    assert_rest_unchanged(before, weights)
+    for layer in range(model.config.num_hidden_layers):
+        config = model.config.per_layer_config[layer]
+        assert config.moe_intermediate_sizes[0] == 0 < config.moe_intermediate_sizes[1]
+        ffn = feed_forward(before, layer)
+        kept = [positions(feed_forward(weights, layer, "mlp.shared_expert")[0], ffn[0])]
+        for number, width in enumerate(config.expert_widths):
+            kept += [positions(routed_expert(weights, model.config, layer, number)[0], ffn[0])] if width else []
+        assert_all_neurons(torch.cat(kept), DENSE_WIDTH)
+    assert logits(model).isfinite().all()
+    assert convert("--recipe", out / "conversion_recipe.yaml", source, again) == 0
+    assert_same_tensors(tensors(again), weights)

@@ -29,6 +29,9 @@ from safetensors.torch import load_file, save_file
 from mohge.info import parameter_counts
 
 
+SPLIT_KEPT = ["--mode", "split", "--keep-active"]
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
@@ -191,6 +194,12 @@ OPTIONS = {
     "trimmed experts that miss the source's": ("olmoe", [*TRIM, "--experts-per-group", "2,2,1"], r"\b6\b"),
     "shards that miss the width": ("llama", ["--mode", "shards", "--widths", "12,31", *TWO_EACH], r"\b44\b"),
     "split above the width": ("llama", ["--mode", "split", *DENSE_OPTIONS, "--widths", "20,24"], r"\b44\b"),
+    "kept share of one": ("llama", ["--mode", "split", "--keep-active", "1"], "keep_active"),
+    "kept share beside widths": ("llama", [*SPLIT_KEPT, "0.9", "--widths", "3,6"], "widths.*keep_active"),
+    "kept share beside a top k": ("llama", [*SPLIT_KEPT, "0.9", "--top-k", "2"], "top_k.*keep_active"),
+    "kept share that is out of reach": ("llama", [*SPLIT_KEPT, "0.1"], r"keep_active.*\b44\b"),
+    "kept share without calibration": ("llama", [*SPLIT_KEPT, "0.9"], "calibration"),
+    "kept share of a trim": ("olmoe", [*TRIM, "--keep-active", "0.9"], "keep_active"),
     "descending widths": ("llama", [*COPY, "--widths", "51,44"], "ascend|51"),
     "width of zero": ("llama", [*COPY, "--widths", "0,44"], "width"),
     "widths that are no numbers": ("llama", [*COPY, "--widths", "44,wide"], "width"),

@@ -234,15 +234,19 @@ def convert_until_the_third_shard(folder, *arguments):
     convert(*arguments)
 
 
-@pytest.mark.parametrize("narrow", [False, True], ids=["drawn anew", "refitted"])
-def test_killed_run_leaves_nothing_that_loads_and_goes_on(narrow, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["drawn anew", "refitted", "split"])
+def test_killed_run_leaves_nothing_that_loads_and_goes_on(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_source("llama", tmp_path / "source", hidden_size=64, intermediate_size=256, num_hidden_layers=5)
     options = ["--mode", "copy", "--experts-per-group", "4", "--top-k", "2"]
-    if narrow:
-        options += ["--widths", "150,256", *map(str, calibration(tmp_path / "rows.jsonl"))]
-    else:
-        options += ["--widths", "256,300", "--reinit", "0.5"]
+    text = map(str, calibration(tmp_path / "rows.jsonl"))
+    match kind:
+        case "drawn anew":
+            options += ["--widths", "256,300", "--reinit", "0.5"]
+        case "refitted":
+            options += ["--widths", "150,256", *text]
+        case "split":  # whose layout follows from the text
+            options = ["--mode", "split", "--keep-active", "0.8", *text]
     whole = tmp_path / "whole" / "out"
     whole.parent.mkdir()
     assert convert(tmp_path / "source", whole, *options) == 0

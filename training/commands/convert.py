@@ -29,6 +29,7 @@ _TYPES = {
     "keep": float,
     "multiple": int,
     "groups": int,
+    "keep_active": float,
     "reinit": float,
     "calibration_tokens": int,
     "calibration_length": int,
