@@ -3,7 +3,7 @@ What unequal widths are worth when a model is compressed: `python -m mohge.conve
 
     evidence mixture DENSE OUT --text TEXT      # splits a dense model into 8 equal experts and trains them a little
     evidence measure SOURCE --text TEXT --held-out TEXT --results FILE
-    evidence table FILE...
+    evidence compare SOURCE FOLDER... --held-out TEXT --results FILE     # what `mohge convert` made of SOURCE
 
 `measure` narrows the experts of SOURCE, a mixture or a dense model, in memory, with survey, allocation and refit as in
 `mohge convert --mode trim`, and measures perplexity, KL divergence to SOURCE, and both axes: neurons kept, and neurons
@@ -101,12 +101,17 @@ class Subject:
         return made
 
     @torch.no_grad()
-    def narrow(self, saliency: list[LayerSaliency], widths: list[list[int]], statistics: list[ExpertStatistics]):
-        """Leave every expert its most salient neurons, refitted; the columns of the others are zero."""
+    def narrow(
+        self, saliency: list[LayerSaliency], widths: list[list[int]], statistics: list[ExpertStatistics] | None
+    ):
+        """Leave every expert its most salient neurons, refitted where there are statistics; the columns of the others
+        are zero."""
         for number, (layer, kept_widths) in enumerate(zip(saliency, widths, strict=True)):
             for expert, (down, width) in enumerate(zip(self._downs(number), kept_widths, strict=True)):
                 kept = largest(layer.neurons[expert], width)
-                columns, _ = refit(self.original[number][expert], kept, statistics[number].grams[expert])
+                columns = self.original[number][expert][:, kept]
+                if statistics is not None:
+                    columns, _ = refit(self.original[number][expert], kept, statistics[number].grams[expert])
                 down.zero_()
                 down[:, kept] = columns
 
@@ -161,10 +166,12 @@ class Contestant(NamedTuple):
     shape: str
     """How widths are chosen: "unequal", "uniform" or "whole" (an expert stays or goes)."""
     budget: str = "memory"
+    refits: bool = True
 
 
 UNEQUAL = [Contestant("unequal", "gradient", "unequal"), Contestant("unequal, by work", "gradient", "unequal", "work")]
 UNIFORM = [Contestant("uniform", "gradient", "uniform")]
+WITHOUT_REFIT = [c._replace(name=f"{c.name}, no refit", refits=False) for c in UNEQUAL + UNIFORM]
 OTHERS = [
     Contestant("whole experts", "gradient", "whole"),
     Contestant("unequal, contribution", "contribution", "unequal"),
@@ -209,7 +216,9 @@ def measure(options: argparse.Namespace):
         write_row(options.results, facts | {"contestant": "source", "keep": 1.0, "seed": 0, "kept": 1.0} | row)
     for seed in range(options.seeds):
         plan = [(c, keep) for keep in KEEP for c in UNEQUAL + UNIFORM]
-        plan += [(c, keep) for keep in (0.75, 0.5) for c in OTHERS if seed == 0]
+        if seed == 0:
+            plan += [(c, keep) for keep in KEEP for c in WITHOUT_REFIT]
+            plan += [(c, keep) for keep in (0.75, 0.5) for c in OTHERS]
         plan = [(c, keep) for c, keep in plan if (c.name, keep, seed) not in done]
         if not plan:
             continue
@@ -223,7 +232,7 @@ def measure(options: argparse.Namespace):
                 surveys[contestant.criterion] = survey(subject, ids, contestant.criterion, surveys)
             saliency = surveys[contestant.criterion]
             widths = chosen_widths(contestant, saliency, keep, options.multiple)
-            subject.narrow(saliency, widths, statistics)
+            subject.narrow(saliency, widths, statistics if contestant.refits else None)
             row = {"contestant": contestant.name, "keep": keep, "seed": seed}
             row["kept"] = sum(map(sum, widths)) / sum(map(sum, subject.widths))
             row |= subject.measure(held_out, widths, reference)
@@ -236,6 +245,32 @@ def measure(options: argparse.Namespace):
                 flush=True,
             )
             subject.restore()
+
+
+def compare(options: argparse.Namespace):
+    """Fill the file of results with models that were made of the source."""
+    tokenizer = AutoTokenizer.from_pretrained(options.source)
+    held_out = blocks(options.held_out, tokenizer, options.blocks)
+    source = Subject(options.source)
+    reference = source.reference(held_out[: options.kl_blocks])
+    whole, done = sum(map(sum, source.widths)), {row["contestant"] for row in read_rows([options.results])}
+    for folder in options.folders:
+        if folder.name in done:
+            continue
+        subject = Subject(folder)
+        shared = sum(
+            found.module.shared_expert.up_proj.out_features
+            for found in subject.layers
+            if getattr(found.module, "shared_expert", None) is not None
+        )
+        row = subject.measure(held_out, subject.widths, reference)
+        row |= {"used": row["used"] + shared, "kept": (sum(map(sum, subject.widths)) + shared) / whole}
+        facts = {"source": options.source.name, "machine": machine(), "contestant": folder.name}
+        facts |= json.loads((folder / "conversion_report.json").read_text(encoding="utf-8"))["parameters"]["after"]
+        write_row(options.results, facts | row)
+        print(
+            f"{folder.name}: perplexity {np.exp(np.mean(row['losses'])):.2f} KL {row['kl']:.3f} used {row['used']:.0f}"
+        )
 
 
 def survey(subject: Subject, ids: torch.Tensor, criterion: str, surveys: dict) -> list[LayerSaliency]:
@@ -333,6 +368,14 @@ def main():
     command.add_argument("--multiple", type=int, default=64)
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=measure)
+    command = commands.add_parser("compare")
+    command.add_argument("source", type=Path)
+    command.add_argument("folders", type=Path, nargs="+")
+    command.add_argument("--held-out", type=Path, required=True)
+    command.add_argument("--results", type=Path, required=True)
+    command.add_argument("--blocks", type=int, default=16)
+    command.add_argument("--kl-blocks", type=int, default=4)
+    command.set_defaults(run=compare)
     options = parser.parse_args()
     options.run(options)
 
