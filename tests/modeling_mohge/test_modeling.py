@@ -301,14 +301,16 @@ def test_gradients_of_a_router_compiled_by_inductor():
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
         pytest.skip("torch.compile needs a C++ compiler")
-    # The router and its losses alone: to compile a whole model takes a minute. Groups of one size need fewer kernels.
-    router = make_model(**LOSSES, num_hidden_layers=1, num_experts_per_group=4).routers[0].train()
+    # The router and its losses alone: to compile a whole model takes a minute.
+    router = make_model(**LOSSES, num_hidden_layers=1).routers[0].train()
     hidden_states = torch.randn(22, 32, requires_grad=True)
-    mask, values, progress = torch.ones(2, 11), torch.randn(3, 8), torch.tensor(-1.0)
+    mask, progress = torch.ones(2, 11), torch.tensor(-1.0)
+    first, second = torch.randn(3, 8), torch.randn(8)
 
     def loss(hidden_states):
-        output = router(hidden_states)
-        return (output.weights @ values).sin().sum() + router_losses([router], [output], mask, None, progress).aux_loss
+        output = router(hidden_states * hidden_states)
+        use = ((output.weights @ first).sin() @ second).sum()
+        return use + router_losses([router], [output], mask, None, progress).aux_loss
 
     # A cached graph would be that of an older release of the router or of PyTorch.
     autograd_cache = torch._functorch.config.patch(enable_autograd_cache=False)
