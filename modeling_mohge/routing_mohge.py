@@ -183,11 +183,12 @@ class MoHGERouter(ExpertTables):
             )
             return group_index_TJ, group_logits_TG, log_scores_TK, index_TK
         # Every score grows with its logit, so the best logits are the best scores, also where scores saturate.
-        kept_TJ, group_index_TJ = group_logits_TG.topk(config.num_groups_per_tok, dim=-1)
-        if config.group_score_function == "sigmoid":
-            kept_TJ = F.logsigmoid(kept_TJ)
-        log_scores_TG = torch.full_like(group_logits_TG, float("-inf"))
-        log_scores_TG = log_scores_TG.scatter(-1, group_index_TJ, kept_TJ.log_softmax(-1))
+        group_index_TJ = group_logits_TG.topk(config.num_groups_per_tok, dim=-1).indices
+        # Masked, not gathered and scattered: the derivative of that is a scatter, and torch.compile on a CPU, up to
+        # PyTorch 2.13 at least, may compute what reads the result before it (pytorch/pytorch#185873).
+        kept_TG = (group_index_TJ.unsqueeze(-1) == torch.arange(config.num_groups, device=logits_TE.device)).any(1)
+        log_scores_TG = F.logsigmoid(group_logits_TG) if config.group_score_function == "sigmoid" else group_logits_TG
+        log_scores_TG = log_scores_TG.masked_fill(~kept_TG, float("-inf")).log_softmax(-1)
         joint_TNG = self._by_group(logits_TE).log_softmax(1) + log_scores_TG.unsqueeze(1)
         return group_index_TJ, group_logits_TG, *self._by_expert(joint_TNG).topk(self.top_k, dim=-1)
 

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from model_cases import (
     ATTENTIONS,
     LATENT_ATTENTION,
@@ -22,6 +24,7 @@ from model_cases import (
     train,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch._inductor import cpp_builder, exc
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -29,6 +32,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from mohge import MoHGEModel, record_routing
+from mohge.losses_mohge import router_losses
 
 
 def test_exactly_one_kind_of_input():
@@ -289,6 +293,33 @@ def test_training_compiles_without_graph_breaks(name):
         results.append((train(function, steps=2), model))
     torch.compiler.reset()
     assert_same_training(*results, 1e-5, 1e-4)
+
+
+def test_gradients_of_a_router_compiled_by_inductor():
+    """With code in C++: what the tests above compile runs op by op, so no fusion can put the ops in a wrong order."""
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        pytest.skip("torch.compile needs a C++ compiler")
+    # The router and its losses alone: to compile a whole model takes a minute.
+    router = make_model(**LOSSES, num_hidden_layers=1).routers[0].train()
+    hidden_states = torch.randn(22, 32, requires_grad=True)
+    mask, progress = torch.ones(2, 11), torch.tensor(-1.0)
+    first, second = torch.randn(3, 8), torch.randn(8)
+
+    def loss(hidden_states):
+        output = router(hidden_states * hidden_states)
+        use = ((output.weights @ first).sin() @ second).sum()
+        return use + router_losses([router], [output], mask, None, progress).aux_loss
+
+    # A cached graph would be that of an older release of the router or of PyTorch.
+    autograd_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with autograd_cache, torch._inductor.config.patch(fx_graph_cache=False):
+        leaves = [hidden_states, *router.parameters()]
+        actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(hidden_states), leaves)
+    torch.compiler.reset()
+    for gradient, expected in zip(actual, torch.autograd.grad(loss(hidden_states), leaves), strict=True):
+        assert_close(gradient, expected, 1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
