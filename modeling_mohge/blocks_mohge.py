@@ -205,7 +205,8 @@ class MoHGESparseMoeBlock(nn.Module):
             return self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
 
         experts = unwrap(self.experts)
-        if not experts._is_expert_parallel:
+        # A serving engine may have put experts of its own here.
+        if not getattr(experts, "_is_expert_parallel", False):
             output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
             return output + self._shared_output(hidden_states)
         # Tokens that travel to other ranks leave time to compute the shared expert.

@@ -8,7 +8,7 @@ token, J groups kept per token.
 """
 
 # First: it says in one line what the imports below cannot, where transformers is too old for them.
-from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
+from .versions_mohge import OLDEST_TRANSFORMERS, TRAINS  # isort: skip
 
 import functools
 import inspect
@@ -61,7 +61,7 @@ from .losses_mohge import (
 from .routing_mohge import ExpertTables, MoHGERouter, RouterOutput
 
 
-if is_torch_distributed_available():
+if TRAINS and is_torch_distributed_available():
     from .parallel_mohge import check_layout, check_ranks_agree
 
 logger = logging.get_logger(__name__)
@@ -170,7 +170,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         if inner is self:
             return
         inner.__class__ = _class_with_backbone(MoHGEModel, type(inner))
-        _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
+        # By its class's name, which newer versions make of the model themselves, and serving engines' do not.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(inner)), inner._can_record_outputs)
         inner.config, inner._is_part = self.config, True
         inner._sparse_paths = tuple(path.removeprefix(f"{self.base_model_prefix}.") for path in self._sparse_paths)
 
@@ -315,6 +316,11 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         """See `DistributedMixin.maybe_distribute_model`. Checks first that all ranks load the same model and that
         it can be spread that way; `ep_implementation="auto"` means `"mohge"`."""
         if mesh_manager is not None:
+            if not TRAINS:
+                raise ValueError(
+                    f"spreading a model over devices needs transformers {OLDEST_TRANSFORMERS} or later: run "
+                    "`pip install -U transformers`"
+                )
             check_ranks_agree(model.config)
             check_layout(model.config, distributed_config)
             if distributed_config.tp_size > 1 == distributed_config.ep_size and any(
