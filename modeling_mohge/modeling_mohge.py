@@ -49,6 +49,7 @@ from .blocks_mohge import (
     unwrap,
 )
 from .configuration_mohge import ROUTER_COEFFICIENTS, MoHGEConfig
+from .expert_names_mohge import name_experts  # noqa: F401 - the import lets transformers load such names
 from .llama4_mohge import adapt_llama4
 from .losses_mohge import (
     RouterLosses,
