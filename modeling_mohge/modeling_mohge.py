@@ -425,6 +425,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
 def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTrainedModel]) -> type:
     """The class of models of our class `generic` with the backbone's class `source`."""
 
+    def described(): ...
+
     def forward(self, *args, **kwargs):
         return generic.forward(self, **dict(zip(positional, args, strict=False)), **kwargs)
 
@@ -435,7 +437,9 @@ def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTr
     positional = [p.name for p in theirs[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
     parameters = [p for p in theirs if p.kind is not p.VAR_KEYWORD]
     parameters += own + [p for p in theirs if p.kind is p.VAR_KEYWORD]
-    forward.__signature__ = signature.replace(
+    # A `__signature__` of its own would also be taken for what the code has, by who captures it as one graph.
+    forward.__wrapped__ = described
+    described.__signature__ = signature.replace(
         parameters=parameters, return_annotation=inspect.signature(generic.forward).return_annotation
     )
     outputs = dict(source._can_record_outputs or {})
