@@ -56,7 +56,7 @@ def plugin(monkeypatch) -> type:
     backend.TransformersForCausalLM = TransformersForCausalLM
     for module in (vllm, backend):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    (entry,) = (entry for entry in importlib.metadata.entry_points(group="vllm.general_plugins"))
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="mohge")
     entry.load()()
     assert [*registered] == ["MoHGEForCausalLM"]
     module, name = registered["MoHGEForCausalLM"].split(":")
