@@ -295,7 +295,7 @@ def stacked_experts(experts: nn.Module) -> ExpertStacks:
         raise ValueError(f"{name} does not follow transformers' interface for experts")
     if not experts.has_gate:
         raise ValueError(f"{name} has no gate")
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # before transformers 5.23 no experts have one
         raise ValueError(f"{name} normalises the output of each expert")
     parts = ("gate_up_proj", "down_proj")
     names = (*parts, *(f"{part}_bias" for part in parts)) if experts.has_bias else parts

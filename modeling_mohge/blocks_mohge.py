@@ -140,6 +140,10 @@ class MoHGEExperts(nn.Module):
         """Fill the table of sort keys, which no checkpoint holds."""
         init.copy_(self.key_of_expert, self._key_table())
 
+    def ids_of(self, group: int) -> list[int]:
+        """Ids of the experts of a group, in the order of its stacks."""
+        return [index for index, of in enumerate(self.expert_groups) if of == group]
+
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`gate_up_proj` and `down_proj` of each kept group."""
         return [(getattr(self, f"gate_up_proj_{g}"), getattr(self, f"down_proj_{g}")) for g in self.kept_groups]
@@ -201,17 +205,18 @@ class MoHGESparseMoeBlock(nn.Module):
         if (recorded := under_way()) is not None:
             recorded.append((unwrap(self.gate), routing, None))
         weights = (routing.weights * self.routed_scaling_factor).to(hidden_states.dtype)
+        index, experts = routing.index, unwrap(self.experts)
+        if not isinstance(experts, MoHGEExperts):  # those of a serving engine, which know no empty slots
+            index = index.masked_fill(index == self.gate.config.num_experts, 0)
         if self.shared_expert is None:
-            return self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
-
-        experts = unwrap(self.experts)
-        if not experts._is_expert_parallel:
-            output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
+            return self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
+        if not getattr(experts, "_is_expert_parallel", False):
+            output = self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
             return output + self._shared_output(hidden_states)
         # Tokens that travel to other ranks leave time to compute the shared expert.
         shared_output = experts.meanwhile = functools.cache(functools.partial(self._shared_output, hidden_states))
         try:
-            output = self.experts(flat_hidden_states, routing.index, weights).view(hidden_states.shape)
+            output = self.experts(flat_hidden_states, index, weights).view(hidden_states.shape)
         finally:  # gradient checkpointing ends its second run with an exception
             experts.meanwhile = None
         return output + shared_output()

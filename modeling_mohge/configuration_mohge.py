@@ -309,6 +309,11 @@ class MoHGEConfig(PreTrainedConfig):
         """See `PreTrainedConfig.base_model_tp_plan`."""
         return self.backbone_config.base_model_tp_plan
 
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]):
+        # transformers before 5.24 adds to the plan where embeddings are tied.
+        self.backbone_config.base_model_tp_plan = plan
+
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:
         """See `PreTrainedConfig.base_model_ep_plan`."""

@@ -8,7 +8,7 @@ token, J groups kept per token.
 """
 
 # First: it says in one line what the imports below cannot, where transformers is too old for them.
-from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
+from .versions_mohge import OLDEST_TRANSFORMERS, TRAINS  # isort: skip
 
 import functools
 import inspect
@@ -49,6 +49,7 @@ from .blocks_mohge import (
     unwrap,
 )
 from .configuration_mohge import ROUTER_COEFFICIENTS, MoHGEConfig
+from .expert_names_mohge import name_experts  # noqa: F401 - the import lets transformers load such names
 from .llama4_mohge import adapt_llama4
 from .losses_mohge import (
     RouterLosses,
@@ -61,7 +62,7 @@ from .losses_mohge import (
 from .routing_mohge import ExpertTables, MoHGERouter, RouterOutput
 
 
-if is_torch_distributed_available():
+if TRAINS and is_torch_distributed_available():
     from .parallel_mohge import check_layout, check_ranks_agree
 
 logger = logging.get_logger(__name__)
@@ -170,7 +171,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         if inner is self:
             return
         inner.__class__ = _class_with_backbone(MoHGEModel, type(inner))
-        _CAN_RECORD_REGISTRY[inner] = inner._can_record_outputs
+        # By its class's name, which newer versions make of the model themselves, and serving engines' do not.
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(inner)), inner._can_record_outputs)
         inner.config, inner._is_part = self.config, True
         inner._sparse_paths = tuple(path.removeprefix(f"{self.base_model_prefix}.") for path in self._sparse_paths)
 
@@ -315,6 +317,11 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         """See `DistributedMixin.maybe_distribute_model`. Checks first that all ranks load the same model and that
         it can be spread that way; `ep_implementation="auto"` means `"mohge"`."""
         if mesh_manager is not None:
+            if not TRAINS:
+                raise ValueError(
+                    f"spreading a model over devices needs transformers {OLDEST_TRANSFORMERS} or later: run "
+                    "`pip install -U transformers`"
+                )
             check_ranks_agree(model.config)
             check_layout(model.config, distributed_config)
             if distributed_config.tp_size > 1 == distributed_config.ep_size and any(
@@ -418,6 +425,8 @@ class MoHGEPreTrainedModel(PreTrainedModel):
 def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTrainedModel]) -> type:
     """The class of models of our class `generic` with the backbone's class `source`."""
 
+    def described(): ...
+
     def forward(self, *args, **kwargs):
         return generic.forward(self, **dict(zip(positional, args, strict=False)), **kwargs)
 
@@ -428,7 +437,9 @@ def _class_with_backbone(generic: type[MoHGEPreTrainedModel], source: type[PreTr
     positional = [p.name for p in theirs[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
     parameters = [p for p in theirs if p.kind is not p.VAR_KEYWORD]
     parameters += own + [p for p in theirs if p.kind is p.VAR_KEYWORD]
-    forward.__signature__ = signature.replace(
+    # A `__signature__` of its own would also be taken for what the code has, by who captures it as one graph.
+    forward.__wrapped__ = described
+    described.__signature__ = signature.replace(
         parameters=parameters, return_annotation=inspect.signature(generic.forward).return_annotation
     )
     outputs = dict(source._can_record_outputs or {})

@@ -1,8 +1,10 @@
 """Leaving MoHGE: back to the source's format, or to experts of one width."""
 
+import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from mohge import MoHGEConfig
+from mohge.expert_names_mohge import name_experts
 
 from ..decoders import Expert, LayerWeights, MoHGE, Source, make_decoder
 from .base import Converted, Layer, Mode, widen
@@ -46,6 +48,9 @@ class Export(Mode):
         fields = padded(config.to_dict())
         layers = fields.get("per_layer_config") or {}
         fields["per_layer_config"] = {layer: padded(entry) for layer, entry in layers.items()} or None
+        if config.keeps_router:  # which has its own order of experts, and so have engines: that of one group
+            fields |= {"moe_intermediate_sizes": [width], "num_experts_per_group": [config.num_experts]}
+            fields |= {"per_layer_config": None, "num_groups_per_tok": None}
         return MoHGE(MoHGEConfig.from_dict(fields))
 
     def _source(self) -> Source:
@@ -75,19 +80,17 @@ class Export(Mode):
         return target
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: None) -> Converted:
-        if not self.recipe.pad:
-            tensors, ids = dict(weights.tensors), f"{layer.block}experts.expert_ids"
-            if ids not in tensors:
-                return Converted(weights)
-            here = tensors.pop(ids).tolist()
-            return Converted(LayerWeights(tensors, lambda number: weights.expert(here[number])))
-        width = self.target.config.moe_intermediate_size
+        tensors, ids = dict(weights.tensors), f"{layer.block}experts.expert_ids"
+        here = tensors.pop(ids).tolist() if ids in tensors else None
 
         def expert(number: int) -> Expert:
-            return widen(weights.expert(number), width, None)
+            found = weights.expert(number if here is None else here[number])
+            return widen(found, self.target.config.moe_intermediate_size, None) if self.recipe.pad else found
 
-        return Converted(LayerWeights(weights.tensors, expert))
+        if self.recipe.pad and here is not None:
+            tensors[ids] = torch.arange(len(here))
+        return Converted(LayerWeights(tensors, expert))
 
     def on_disk(self, tensors: dict) -> dict:
-        """The tensors as the source's format has them on the disk."""
-        return tensors if self.recipe.pad else revert_weight_conversion(self.target.model, tensors)
+        """The tensors as the source's format, or serving engines, have them on the disk."""
+        return (name_experts if self.recipe.pad else revert_weight_conversion)(self.target.model, tensors)

@@ -30,10 +30,12 @@ from conversion_cases import (
     tensors,
 )
 from model_cases import ROUTERS, VARIANTS, assert_close, make_ids, make_model
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from mohge import MoHGEForCausalLM
 from mohge.info import parameter_counts
+from mohge.loading import load_model
 
 
 REGROUPED = {  # equal and unequal groups; with 1,2,3 the ids run through one group after another
@@ -207,8 +209,12 @@ def test_padded_export_has_one_width(name, tmp_path):
     for router in model.routers:
         if router.corrects_logits:
             router.logit_ema_E.normal_()
+    for feed_forward in model.sparse_feed_forwards:
+        if model.config.keeps_router:
+            feed_forward.experts.expert_ids.copy_(torch.randperm(12))
     model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
     assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", "--pad") == 0
+    assert_named_for_engines(tmp_path / "out")
     padded, source = load(tmp_path / "out"), load(tmp_path / "source")
     widest = 64 if name == "wider_second_layer" else 40
     for layer in padded.config.sparse_layers:
@@ -221,16 +227,60 @@ def test_padded_export_has_one_width(name, tmp_path):
     assert torch.equal(padded.generate(IDS, max_new_tokens=4), source.generate(IDS, max_new_tokens=4))
     weights, before = padded.state_dict(), source.state_dict()
     for layer in sparse_layers(source.config):
-        for expert, width in enumerate(source.config.per_layer_config[layer].expert_widths):
+        ids = before.get(f"model.layers.{layer}.mlp.experts.expert_ids", torch.arange(12)).tolist()
+        for expert, ours in enumerate(ids):
             widened = routed_expert(weights, padded.config, layer, expert)
-            if width:
-                assert_widened(widened, routed_expert(before, source.config, layer, expert))
+            if source.config.per_layer_config[layer].expert_widths[ours]:
+                assert_widened(widened, routed_expert(before, source.config, layer, ours))
             else:
                 assert not any(part.any() for part in widened)
     report = read_report(tmp_path / "out")
     assert report["exact"] is report["passed"] is True
     assert report["parameters"]["after"]["total"] == padded.num_parameters() > source.num_parameters()
     assert report["parameters"]["before"]["total"] == source.num_parameters()
+
+
+def assert_named_for_engines(folder):
+    """Serving engines find every expert by the id that the router gives it, and nothing that they do not know."""
+    config, on_disk = AutoConfig.from_pretrained(folder), tensors(folder)
+    for layer in sparse_layers(config):
+        block = f"model.layers.{layer}.mlp.experts."
+        shapes = {name.removeprefix(block): w.shape for name, w in on_disk.items() if name.startswith(block)}
+        width, hidden = config.moe_intermediate_size, config.hidden_size
+        parts = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        assert shapes == {
+            f"{index}.{part}.weight": shape for index in range(config.num_experts) for part, shape in parts.items()
+        }
+
+
+def test_padded_export_is_a_source(tmp_path):
+    """Whatever reads a folder tensor by tensor knows its names; an expert that is missing is named."""
+    make_model(**VARIANTS["mixture"]).save_pretrained(tmp_path / "source")
+    assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", "--pad") == 0
+    assert convert(tmp_path / "out", tmp_path / "again", "--mode", "export", "--pad") == 0
+    assert_same_tensors(tensors(tmp_path / "again"), tensors(tmp_path / "out"))
+    load(tmp_path / "out").save_pretrained(tmp_path / "stacked")
+    assert not any(".0.gate_proj" in name for name in tensors(tmp_path / "stacked"))
+    assert torch.equal(logits(load(tmp_path / "stacked")), logits(load(tmp_path / "out")))
+
+
+def test_padded_export_that_lacks_an_expert_is_refused(tmp_path, capsys):
+    make_model().save_pretrained(tmp_path / "source")
+    assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", "--pad") == 0
+    for name in ("gate_proj", "down_proj"):
+        (tmp_path / name).mkdir()
+        for file in (tmp_path / "out").iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        lost = f"model.layers.1.mlp.experts.4.{name}.weight"
+        (tmp_path / name / "model.safetensors.index.json").unlink(missing_ok=True)
+        for file in (tmp_path / name).glob("*.safetensors"):
+            file.unlink()
+        rest = {key: value for key, value in tensors(tmp_path / "out").items() if key != lost}
+        save_file(rest, tmp_path / name / "model.safetensors")
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts"):
+            load_model(tmp_path / name)
+        assert convert(tmp_path / name, tmp_path / "again", "--mode", "export", "--pad") == 2
+        assert "model.layers.1.mlp.experts" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_layer_without_experts_is_not_padded(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """A checkpoint carries its own code: it loads with `trust_remote_code=True` where the package is not installed."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from processes import WITHOUT_PACKAGE, run_python
 from transformers import AutoModelForCausalLM
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.versions_mohge import OLDEST_SERVING_TRANSFORMERS
 
 
+SERVING_PYTHON = os.environ.get("SERVING_PYTHON")
+"""A Python with the oldest transformers that runs checkpoints, but does not train them."""
 CONFIGS = {
     "two_level": {"per_layer_config": {1: {"moe_intermediate_sizes": [16, 32, 64]}}, "shared_expert_gate": True},
     "top_p": {
@@ -44,6 +48,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 torch.set_num_threads(1)
@@ -75,6 +80,7 @@ for path in map(Path, sys.argv[1:]):
     again = path / "again"
     model.eval().save_pretrained(again)
     report[path.name] = {
+        "version": transformers.__version__,
         "modules": [type(x).__module__ for x in (config, model, base)],
         "classes": [type(x).__name__ for x in (config, model, base)],
         "same_logits": {name: torch.equal(value, expected["logits"][name]) for name, value in logits.items()},
@@ -223,11 +229,16 @@ def test_checkpoint_has_all_its_code(checkpoints):
                     assert line.split()[1].removeprefix(".") + ".py" in files, (name, line)
 
 
-def test_loads_where_the_package_is_not_installed(checkpoints, tmp_path):
-    report = run_python(WITHOUT_PACKAGE + LOAD, tmp_path, *checkpoints.values())
+@pytest.mark.parametrize("python", [sys.executable, SERVING_PYTHON], ids=["here", "serving"])
+def test_loads_where_the_package_is_not_installed(python, checkpoints, tmp_path):
+    if python is None:
+        pytest.skip("SERVING_PYTHON names no environment with the oldest transformers that serves checkpoints")
+    report = run_python(WITHOUT_PACKAGE + LOAD, tmp_path, *checkpoints.values(), python=python)
     assert report.keys() == checkpoints.keys()
     for name, path in checkpoints.items():
         loaded = report[name]
+        if python is SERVING_PYTHON:
+            assert loaded["version"].startswith(f"{OLDEST_SERVING_TRANSFORMERS}.")
         assert all(module.startswith("transformers_modules.") for module in loaded["modules"]), loaded["modules"]
         assert not loaded["imported"]
         assert loaded["classes"] == ["MoHGEConfig", "MoHGEForCausalLM", "MoHGEModel"]

@@ -12,7 +12,7 @@ from model_cases import make_model
 from packaging.version import Version
 from processes import WITHOUT_PACKAGE
 
-from mohge.versions_mohge import OLDEST_TRANSFORMERS, TESTED_TRANSFORMERS
+from mohge.versions_mohge import OLDEST_SERVING_TRANSFORMERS, OLDEST_TRANSFORMERS, TESTED_TRANSFORMERS
 
 
 ROOT = Path(__file__).parents[2]
@@ -95,15 +95,23 @@ importlib.reload(mohge.versions_mohge)
         assert f'pip install "transformers=={TESTED_TRANSFORMERS}.*"' in line
 
 
-@pytest.mark.parametrize("version", ["4.40.0", f"{OLDEST_TRANSFORMERS}.0.dev0"])
-def test_older_transformers_is_refused_in_one_line(version, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("modules", "oldest"),
+    [
+        (["mohge"], OLDEST_TRANSFORMERS),
+        (["model.configuration_mohge", "model.modeling_mohge"], OLDEST_SERVING_TRANSFORMERS),
+    ],
+    ids=["package", "checkpoint"],
+)
+def test_older_transformers_is_refused_in_one_line(modules, oldest, folder, tmp_path):
     """Whatever else that version lacks: here it has nothing but its number."""
-    (tmp_path / "transformers.py").write_text(f"__version__ = '{version}'\n")
     shutil.copytree(folder, tmp_path / "model")
-    for module in ("mohge", "model.configuration_mohge", "model.modeling_mohge"):
-        done = run_python(f"import {module}", tmp_path)
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1] == (
-            f"ImportError: mohge needs transformers {OLDEST_TRANSFORMERS} or later, and {version} is installed: run "
-            "`pip install -U transformers`"
-        )
+    for version in ("4.40.0", f"{oldest}.0.dev0"):
+        (tmp_path / "transformers.py").write_text(f"__version__ = '{version}'\n")
+        for module in modules:
+            done = run_python(f"import {module}", tmp_path)
+            assert done.returncode == 1
+            assert done.stderr.splitlines()[-1] == (
+                f"ImportError: mohge needs transformers {oldest} or later, and {version} is installed: run "
+                "`pip install -U transformers`"
+            )

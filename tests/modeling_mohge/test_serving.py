@@ -1,0 +1,170 @@
+"""Checkpoints in serving engines: what they ask of our code, and the engine itself where one is installed."""
+
+import importlib.metadata
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from conversion_cases import convert, tensors
+from model_cases import LATENT_ATTENTION, MIXTURE, ROUTER_TYPES, assert_close, make_ids, make_model
+from processes import run_python
+from torch import nn
+
+
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
+"""A Python with vLLM and the plugin, see `make serve-test`."""
+
+
+class EngineExperts(nn.Module):
+    """What an engine puts in place of ours: of one layer, and without anything that transformers adds to experts."""
+
+    def __init__(self, experts: nn.Module):
+        super().__init__()
+        self.ours = [experts]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        (experts,) = self.ours
+        assert ((top_k_index >= 0) & (top_k_index < experts.num_experts)).all()
+        return experts(hidden_states, top_k_index, top_k_weights)
+
+
+@pytest.mark.parametrize("router_type", ROUTER_TYPES)
+@pytest.mark.parametrize("shared", [0, 16], ids=["alone", "shared"])
+def test_experts_of_an_engine(router_type, shared):
+    model = make_model(router_type=router_type, shared_expert_intermediate_size=shared)
+    with torch.no_grad():
+        expected = model(make_ids()).logits
+        for block in model.sparse_feed_forwards:
+            block.experts = EngineExperts(block.experts)
+        assert_close(model(make_ids()).logits, expected)
+
+
+@pytest.fixture
+def plugin(monkeypatch) -> type:
+    """The model class that the plugin registers with vLLM, of which there is as much as it needs."""
+
+    class TransformersForCausalLM(nn.Module):
+        def load_weights(self, weights):
+            return dict(weights)
+
+    registered = {}
+    vllm = ModuleType("vllm")
+    vllm.ModelRegistry = SimpleNamespace(register_model=registered.__setitem__)
+    backend = ModuleType("vllm.model_executor.models.transformers")
+    backend.TransformersForCausalLM = TransformersForCausalLM
+    for module in (vllm, backend):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="mohge")
+    entry.load()()
+    assert [*registered] == ["MoHGEForCausalLM"]
+    module, name = registered["MoHGEForCausalLM"].split(":")
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("fields", [{}, MIXTURE], ids=["two_level", "mixture"])
+def test_plugin_takes_padded_exports_and_others(fields, plugin, tmp_path):
+    make_model(**fields).save_pretrained(tmp_path / "model")
+    assert convert(tmp_path / "model", tmp_path / "padded", "--mode", "export", "--pad") == 0
+    make = {"model": fields, "padded": fields | {"moe_intermediate_sizes": [40] * 3}}
+    if fields:
+        make["padded"] |= {"moe_intermediate_sizes": [40], "num_experts_per_group": 12}
+    for name, given in make.items():
+        model = make_model(**given)
+        engine = plugin()
+        engine.model, engine.config = model.model, model.config
+        on_disk = tensors(tmp_path / name)
+        loaded = engine.load_weights(reversed(on_disk.items()))
+        model.load_state_dict(loaded)  # all of them, and nothing else
+        assert_close(model(make_ids()).logits, make_model(**fields)(make_ids()).logits)
+    lost = next(key for key in on_disk if key.endswith("experts.3.up_proj.weight"))
+    with pytest.raises(ValueError, match=r"lacks experts of model\.layers\.\d\.mlp\.experts"):
+        engine.load_weights((key, value) for key, value in on_disk.items() if key != lost)
+
+
+ENGINE = {
+    **{router_type: {"router_type": router_type} for router_type in ROUTER_TYPES},
+    "gated_shared_expert": {"shared_expert_gate": True, "routed_scaling_factor": 2.5},
+    "wider_second_layer": {"per_layer_config": {1: {"moe_intermediate_sizes": [64, 96, 128]}}},
+    "removed_experts": {"moe_intermediate_sizes": [0, 64, 96]},
+    "latent": {
+        "backbone_config": LATENT_ATTENTION["backbone_config"]
+        | {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32},
+        "router_type": "two_level",
+    },
+    "gemma2": {
+        "backbone_config": {
+            "model_type": "gemma2",
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": 16,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+    },
+    "mixture": MIXTURE,
+}
+SERVE = """
+import gc
+import json
+import os
+import sys
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[1])]
+sampling = SamplingParams(temperature=0, max_tokens=32, logprobs=1, detokenize=False, ignore_eos=True)
+report = []
+for folder in sys.argv[2:]:
+    llm = LLM(
+        folder,
+        trust_remote_code=True,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=64,
+        distributed_executor_backend="uni",
+    )
+    found = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    tokens = [list(output.token_ids) for output in found]
+    logprobs = [[step[t].logprob for t, step in zip(output.token_ids, output.logprobs)] for output in found]
+    report.append([tokens, logprobs])
+    del llm
+    cleanup_dist_env_and_memory()
+    gc.collect()
+print(json.dumps(report))
+"""
+
+
+def test_vllm_generates_the_same(tmp_path):
+    """Greedy tokens and their log-probabilities, of models as they are and padded."""
+    if VLLM_PYTHON is None:
+        pytest.skip("VLLM_PYTHON names no Python with vLLM: run `make serve-test`")
+    sizes = {"hidden_size": 128, "moe_intermediate_sizes": [32, 64, 96], "intermediate_size": 160}
+    prompts = [make_ids(1, length, seed=length)[0].tolist() for length in (5, 9, 17, 30)]
+    folders, expected = [], []
+    for name, fields in ENGINE.items():
+        model = make_model(**{**sizes, "shared_expert_intermediate_size": 64, "initializer_range": 0.15, **fields})
+        model.save_pretrained(tmp_path / name)
+        assert convert(tmp_path / name, tmp_path / f"{name}_padded", "--mode", "export", "--pad") == 0
+        folders += [tmp_path / name, tmp_path / f"{name}_padded"]
+        tokens, logprobs = [], []
+        for prompt in prompts:
+            ids = model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=-1)
+            with torch.no_grad():
+                scores = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            tokens.append(ids[0, len(prompt) :].tolist())
+            logprobs.append(scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist())
+        expected += [(tokens, logprobs)] * 2
+    found = run_python(SERVE, tmp_path, prompts, *folders, python=VLLM_PYTHON)
+    differences = {}
+    for folder, (tokens, logprobs), (wanted, scores) in zip(folders, found, expected, strict=True):
+        assert tokens == wanted, folder.name
+        differences[folder.name] = (torch.tensor(logprobs) - torch.tensor(scores)).abs().max().item()
+    assert max(differences.values()) < 1e-4, differences
