@@ -37,7 +37,14 @@ def converted(text, sources, tmp_path_factory):
     """Folder, source and receipt of each inexact conversion."""
     folder = tmp_path_factory.mktemp("converted")
     made = {}
-    inexact = {**MODES, "split": SPLIT, "split whole": {**SPLIT, "top_k": 8}, "split kept": {"keep_active": KEPT}}
+    trim = {**MODES["trim"], "saliency": "contribution"}
+    inexact = {
+        **MODES,
+        "trim": trim,
+        "split": SPLIT,
+        "split whole": {**SPLIT, "top_k": 8},
+        "split kept": {"keep_active": KEPT},
+    }
     for name, options in inexact.items():
         mode = name.split()[0]
         source = sources / ("olmoe" if mode == "trim" else "llama")
@@ -113,7 +120,7 @@ def test_perplexity_survives(mode, converted):
 
 
 def test_salient_experts_get_the_large_widths(converted, blocks):
-    """REAP's saliency, computed here from the whole source at once."""
+    """Summed contribution, computed here from the whole source at once."""
     folder, source, _ = converted["trim"]
     original = AutoModelForCausalLM.from_pretrained(source).eval()
     result = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -124,8 +131,8 @@ def test_salient_experts_get_the_large_widths(converted, blocks):
         for expert in range(experts.num_experts):
             token, position = (index == expert).nonzero(as_tuple=True)
             gate, up = F.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, -1)
-            output = F.linear(F.silu(gate) * up, experts.down_proj[expert])
-            saliency.append((weights[token, position] * output.norm(dim=-1)).mean().item())
+            summed = weights[token, position] @ (F.silu(gate) * up).abs()
+            saliency.append((summed @ experts.down_proj[expert].norm(dim=0)).item())
         places = result.model.layers[layer].mlp.experts.expert_ids.argsort().tolist()
         assert sorted(places) == list(range(experts.num_experts))
         by_width = sorted(zip(result.config.expert_widths, places, strict=True))
@@ -156,7 +163,7 @@ def test_trimmed_experts_keep_their_important_neurons(converted, blocks):
             assert torch.equal(new_gate[: len(gate)], gate)
             assert not new_down[:, len(gate) :].any()
             continue
-        importance = activations.abs().mean(0) * down.norm(dim=0)
+        importance = (scale * activations).abs().sum(0) * down.norm(dim=0)
         kept = importance.topk(width).indices.sort().values
         assert torch.equal(new_gate, gate[kept])
         assert torch.equal(new_up, up[kept])
