@@ -17,8 +17,8 @@ from mohge import MoHGEForCausalLM
 from mohge.training import MoHGETrainer
 
 
-PARTS = ("backbones", "blocks", "checks", "configuration", "experts", "llama4", "losses", "modeling", "parallel")
-PARTS += ("routing", "versions")
+PARTS = ("backbones", "blocks", "checks", "configuration", "expert_names", "experts", "llama4", "losses", "modeling")
+PARTS += ("parallel", "routing", "versions")
 CODE = {f"{name}_mohge.py" for name in PARTS}
 MODEL = {"README.md", "config.json", "generation_config.json", "model.safetensors", *CODE}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
