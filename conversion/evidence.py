@@ -79,8 +79,10 @@ class Subject:
         experts = found.experts
         if not hasattr(experts, "expert_groups"):
             return [weight.T if experts.is_transposed else weight for weight in experts.down_proj]
-        stacks = [down for _, down in experts.groups()]
-        return [stacks[g][s] for g, s in zip(experts.expert_groups, experts.expert_slots, strict=True)]
+        stacks = dict(zip(experts.kept_groups, (down for _, down in experts.groups()), strict=True))
+        removed = torch.empty(self.model.config.hidden_size, 0)
+        places = zip(experts.expert_groups, experts.expert_slots, strict=True)
+        return [stacks[group][slot] if group in stacks else removed for group, slot in places]
 
     def survey(self, ids: torch.Tensor, criterion: str) -> list[LayerSaliency]:
         """The saliency of every neuron."""
