@@ -62,7 +62,6 @@ class Subject:
     """A model in memory whose experts can be narrowed and brought back."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         self.model.set_experts_implementation("eager")
         self.layers = feed_forwards(self.model)
@@ -141,8 +140,7 @@ class Subject:
                 hooks.append(found.experts.register_forward_pre_hook(count))
         losses, kl, seen = [], 0.0, 0
         for number, block in enumerate(ids):
-            logits = self.model(block[None], use_cache=False).logits[0, :-1].float()
-            log_probabilities = logits.log_softmax(-1)
+            log_probabilities = self._log_probabilities(block)
             losses.append(F.nll_loss(log_probabilities, block[1:]).item())
             if reference is not None and number < len(reference):
                 before = reference[number].float()
@@ -155,9 +153,11 @@ class Subject:
     @torch.no_grad()
     def reference(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """Log-probabilities of blocks, in half precision."""
-        return [
-            self.model(block[None], use_cache=False).logits[0, :-1].float().log_softmax(-1).half() for block in ids
-        ]
+        return [self._log_probabilities(block).half() for block in ids]
+
+    def _log_probabilities(self, block: torch.Tensor) -> torch.Tensor:
+        """[S - 1, V] of each next token of a block [S]."""
+        return self.model(block[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
 
 class Contestant(NamedTuple):

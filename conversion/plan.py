@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mohge.info import ParameterCounts, parameter_counts
+from mohge.info import parameter_counts
 
 from .checkpoint import Checkpoint, NamedTensors, find_source
 from .decoders import MoHGE, Source, make_decoder
@@ -30,19 +30,6 @@ class Plan:
     mode: Mode
 
     @property
-    def before(self) -> ParameterCounts:
-        return parameter_counts(self.source.equivalent)
-
-    @property
-    def after(self) -> ParameterCounts:
-        return parameter_counts(self.target.equivalent)
-
-    @property
-    def size(self) -> int:
-        """Bytes of weights to be written."""
-        return self.checkpoint.dtype.itemsize * self.after.total
-
-    @property
     def source(self) -> Source | MoHGE:
         return self.mode.source
 
@@ -52,14 +39,15 @@ class Plan:
 
     def describe(self) -> str:
         """The plan as text."""
-        recipe, mode, before, after = self.recipe, self.mode, self.before, self.after
+        recipe, mode = self.recipe, self.mode
+        before, after = (parameter_counts(decoder.equivalent) for decoder in (self.source, self.target))
         lines = {
             "source": f"{recipe.source} ({self.source.model_type}{', ' + self.revision if self.revision else ''})",
             "output": f"{recipe.output} ({self.target.model_type})",
             "mode": f"{mode.name}, {'exact' if mode.exact else 'not exact'}: {mode.reason}",
             "total parameters": f"{before.total:,} -> {after.total:,}",
             "activated per token": f"{before.activated:,} -> {after.activated:,} with equal traffic",
-            "weights to be written": f"{self.size:,} bytes",
+            "weights to be written": f"{self.checkpoint.dtype.itemsize * after.total:,} bytes",
         }
         lines |= mode.forecast()
         config = self.target.equivalent
