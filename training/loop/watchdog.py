@@ -163,11 +163,12 @@ class PeerWatchdog(TrainerCallback):
                 answers = now - self._answered < 2 * beat
                 self._lost = self._next_rank() if answers else 0
             if self._lost is not None:
+                # At once: when another rank has ended, a collective may fail here and end this one as well.
+                message = f"rank {self._lost} gives no sign of life: rank {dist.get_rank()} ends"
+                print(f"mohge: {message}. Resume from the last checkpoint.", file=sys.stderr, flush=True)
                 # This process may keep the store, where the others have to read who is lost.
                 if self._stopped.wait(3 * beat):
                     return
-                message = f"rank {self._lost} gives no sign of life: rank {dist.get_rank()} ends"
-                print(f"mohge: {message}. Resume from the last checkpoint.", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread may wait in a collective, where no exception reaches it
 
     def _next_rank(self) -> int:
