@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .statistics import LayerSaliency
+
 
 _QUANTA = 2048
 """Parts that the cost of a layer is counted in, where it is no small whole number by itself."""
@@ -24,20 +26,26 @@ class Choices(NamedTuple):
     """[E, C] what an expert of each width takes of the budget."""
 
 
-def choices(saliency: list[np.ndarray], multiple: int, prices: np.ndarray | float = 1.0) -> Choices:
+def choices(layer: LayerSaliency, multiple: int, budget: str) -> Choices:
     """
     What experts may become that keep their most salient neurons: as wide as they are, or a multiple of `multiple`.
 
     Args:
-        saliency (`list[np.ndarray]`): [W_e] saliency of the neurons of each expert.
+        layer ([`LayerSaliency`]): What the survey says of them.
         multiple (`int`): What widths are multiples of.
-        prices (`np.ndarray` or `float`, *optional*, defaults to 1): What a neuron of each expert costs.
+        budget (`str`): What is counted, see [`prices`].
     """
-    own = max(map(len, saliency))
+    own = max(len(curve) - 1 for curve in layer.lost)
     widths = [*range(0, own, multiple), own]
-    kept = [np.concatenate([[0.0], np.sort(neurons)[::-1].cumsum(dtype=np.float64)]) for neurons in saliency]
-    lost = np.stack([sums[-1] - sums[np.minimum(widths, len(sums) - 1)] for sums in kept])
-    return Choices(widths, lost, np.outer(np.broadcast_to(prices, len(saliency)), widths))
+    lost = np.stack([curve.numpy()[np.minimum(widths, len(curve) - 1)] for curve in layer.lost])
+    return Choices(widths, lost, np.outer(prices(layer, budget), widths))
+
+
+def prices(layer: LayerSaliency, budget: str) -> np.ndarray:
+    """[E] what a neuron of each expert takes of a budget of `"memory"`, or of `"work"`: its share of the tokens."""
+    if budget == "memory":
+        return np.ones(len(layer.tokens))
+    return (layer.tokens / layer.tokens.sum().clamp(min=1)).numpy()
 
 
 def allocate(layers: list[Choices], budget: float, groups: int) -> list[list[int]]:

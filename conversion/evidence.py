@@ -37,7 +37,7 @@ from .pipeline import convert
 from .plan import make_plan
 from .recipe import load_recipe
 from .saliency import Survey
-from .statistics import ExpertStatistics, LayerSaliency, largest, observe_experts, refit
+from .statistics import ExpertStatistics, LayerSaliency, observe_experts, refit
 
 
 LENGTH = 512
@@ -109,7 +109,7 @@ class Subject:
         are zero."""
         for number, (layer, kept_widths) in enumerate(zip(saliency, widths, strict=True)):
             for expert, (down, width) in enumerate(zip(self._downs(number), kept_widths, strict=True)):
-                kept = largest(layer.neurons[expert], width)
+                kept = layer.order[expert][:width]
                 columns = self.original[number][expert][:, kept]
                 if statistics is not None:
                     columns, _ = refit(self.original[number][expert], kept, statistics[number].grams[expert])
@@ -194,12 +194,7 @@ def chosen_widths(
         return [[round(keep * width) for width in layer] for layer in widths]
     largest_width = max(max(layer) for layer in widths)
     multiple, groups = (largest_width, 2) if contestant.shape == "whole" else (multiple, 3)
-    tables = []
-    for layer in saliency:
-        prices = 1.0
-        if contestant.budget == "work":
-            prices = layer.tokens.numpy() / layer.tokens.sum().item()
-        tables.append(choices([neurons.numpy() for neurons in layer.neurons], multiple, prices))
+    tables = [choices(layer, multiple, contestant.budget) for layer in saliency]
     budget = keep * sum(table.cost[:, -1].sum() for table in tables)
     picked = allocate(tables, budget, groups)
     return [[table.widths[index] for index in row] for table, row in zip(tables, picked, strict=True)]
@@ -233,6 +228,8 @@ def measure(options: argparse.Namespace):
             if contestant.criterion not in surveys:
                 surveys[contestant.criterion] = survey(subject, ids, contestant.criterion, surveys)
             saliency = surveys[contestant.criterion]
+            if not contestant.refits:
+                saliency = [LayerSaliency.of(layer.neurons, layer.tokens) for layer in saliency]
             widths = chosen_widths(contestant, saliency, keep, options.multiple)
             subject.narrow(saliency, widths, statistics if contestant.refits else None)
             row = {"contestant": contestant.name, "keep": keep, "seed": seed}
@@ -285,7 +282,7 @@ def survey(subject: Subject, ids: torch.Tensor, criterion: str, surveys: dict) -
             neurons = [torch.rand(len(n), generator=generator) for n in layer.neurons]
         else:
             neurons = [1 / (n + 1e-12) for n in layer.neurons]
-        made.append(layer._replace(neurons=neurons))
+        made.append(LayerSaliency.of(neurons, layer.tokens))
     return made
 
 

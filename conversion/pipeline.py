@@ -79,7 +79,9 @@ def settle(plan: Plan, progress: bool = False):
 
 
 def _survey(plan: Plan, batches: list[torch.Tensor], folder: Path, progress: bool):
-    survey = Survey(plan.source, plan.tensors, batches, folder, plan.recipe.device, progress)
+    survey = Survey(
+        plan.source, plan.tensors, batches, folder, plan.recipe.device, refits=plan.mode.refits, progress=progress
+    )
     plan.mode.settle(survey.measure(plan.mode.criterion), sum(batch.numel() for batch in batches))
 
 

@@ -26,21 +26,32 @@ from .statistics import LayerSaliency, observe_experts
 from .streams import Stream
 
 
-class _Sums:
-    """Adds up over batches what [`LayerSaliency`] holds."""
+_LISTS = ("neurons", "order", "lost")
+"""What of [`LayerSaliency`] has one entry for each expert."""
 
-    def __init__(self, widths: list[int], device: str):
+
+class _Sums:
+    """Adds up over batches what [`LayerSaliency`] follows from; Gram matrices only where there will be a refit."""
+
+    def __init__(self, widths: list[int], device: str, refits: bool):
         self.neurons = [torch.zeros(width, device=device) for width in widths]
         self.tokens = torch.zeros(len(widths), device=device)
+        self.grams = [torch.zeros(width, width, device=device) for width in widths] if refits else None
+
+    def _add(self, expert: int, activations: torch.Tensor, weights: torch.Tensor):
+        self.tokens[expert] += len(weights)
+        if self.grams is not None:
+            rows = activations.detach() * weights.detach()[:, None]
+            self.grams[expert].addmm_(rows.T, rows)
 
     def contribution(self, expert: int, activations: torch.Tensor, weights: torch.Tensor):
         """Take in the sum over tokens of combine weight times magnitude."""
-        self.tokens[expert] += len(weights)
+        self._add(expert, activations, weights)
         self.neurons[expert] += weights @ activations.abs()
 
     def gradient(self, expert: int, activations: torch.Tensor, weights: torch.Tensor):
         """Take in the sum over tokens of (a dL/da)^2, when the gradient comes."""
-        self.tokens[expert] += len(weights)
+        self._add(expert, activations, weights)
         held = activations.detach()
 
         def take(gradient: torch.Tensor):
@@ -59,6 +70,8 @@ class Survey:
         batches (`list[torch.Tensor]`): Calibration tokens, [b, S] each, where to compute.
         folder (`Path`): Where to keep states and results.
         device (`str`, *optional*, defaults to `"cpu"`): Where to compute.
+        refits (`bool`, *optional*, defaults to `True`):
+            Whether what is left will be refitted, so that neurons count less which others can stand in for.
         progress (`bool`, *optional*, defaults to `False`): Whether to show progress bars.
     """
 
@@ -69,10 +82,11 @@ class Survey:
         batches: list[torch.Tensor],
         folder: Path,
         device: str = "cpu",
+        refits: bool = True,
         progress: bool = False,
     ):
         self.source, self.tensors, self.batches = source, tensors, batches
-        self.folder, self.device, self.progress = folder, device, progress
+        self.folder, self.device, self.refits, self.progress = folder, device, refits, progress
         self.states, self.gradients = Stream(folder, "survey"), Stream(folder, "gradient")
 
     def measure(self, criterion: str) -> list[LayerSaliency]:
@@ -95,26 +109,30 @@ class Survey:
             self._backward()
         elif criterion == "contribution":
             self._forward(_Sums.contribution)
-        layers = []
-        for number in self._bar(range(self.source.num_layers), "weights of neurons" * (criterion != "gradient")):
-            layers.append(self._finish(number, criterion))
-        return layers
+        numbers = range(self.source.num_layers)
+        if criterion == "magnitude":
+            return [self._magnitude(number) for number in self._bar(numbers, "weights of neurons")]
+        return [self._load(number) for number in numbers]
 
     def _bar(self, numbers: range, text: str) -> Iterator[int]:
-        return tqdm(numbers, text, disable=not self.progress or not text)
+        return tqdm(numbers, text, disable=not self.progress)
 
-    def _finish(self, number: int, criterion: str) -> LayerSaliency:
-        path = self._path(number)
-        measured = load_file(path) if path.exists() else {}
-        tokens = measured.pop("tokens", torch.empty(0))
-        neurons = [measured[str(expert)] for expert in range(len(measured))]
-        if criterion == "gradient":
-            return LayerSaliency(neurons, tokens)
+    def _experts(self, number: int) -> Iterator[Expert]:
         weights = self.source.read_layer(number, self.tensors.layer(number))
-        norms = [_norms(weights.expert(expert), criterion) for expert in range(len(self.source.expert_widths(number)))]
-        if criterion == "magnitude":
-            return LayerSaliency(norms, torch.ones(len(norms)))
-        return LayerSaliency([sums * norm for sums, norm in zip(neurons, norms, strict=True)], tokens)
+        return map(weights.expert, range(len(self.source.expert_widths(number))))
+
+    def _magnitude(self, number: int) -> LayerSaliency:
+        neurons = [
+            e.down.float().norm(dim=0) * e.gate.float().norm(dim=1) * e.up.float().norm(dim=1)
+            for e in self._experts(number)
+        ]
+        return LayerSaliency.of(neurons, torch.ones(len(neurons)))
+
+    def _load(self, number: int) -> LayerSaliency:
+        measured = load_file(self._path(number))
+        tokens = measured.pop("tokens")
+        lists = ([measured[f"{name}.{expert}"] for expert in range(len(tokens))] for name in _LISTS)
+        return LayerSaliency(*lists, tokens)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"saliency-{number}.safetensors"
@@ -140,13 +158,18 @@ class Survey:
         """A layer with its weights; what `take` adds up of its experts is kept at the end."""
         with self.source.layer(number, self.tensors.layer(number), self.device) as found:
             widths = self.source.expert_widths(number)
-            sums = _Sums(widths, self.device)
+            sums = _Sums(widths, self.device, self.refits)
             with observe_experts(found, partial(take, sums)) if take is not None and widths else nullcontext():
                 yield
         if take is not None:
-            entries = {str(expert): neurons.cpu() for expert, neurons in enumerate(sums.neurons)}
+            if take is _Sums.contribution:
+                for neurons, expert in zip(sums.neurons, self._experts(number), strict=True):
+                    neurons *= expert.down.to(neurons).norm(dim=0)
+            layer = LayerSaliency.of(sums.neurons, sums.tokens, sums.grams)
+            entries = {f"{name}.{e}": each for name in _LISTS for e, each in enumerate(getattr(layer, name))}
+            entries = {name: each.cpu() for name, each in (entries | {"tokens": sums.tokens}).items()}
             draft = self._path(number).with_suffix(".tmp")
-            save_file(entries | {"tokens": sums.tokens.cpu()}, draft)
+            save_file(entries, draft)
             draft.replace(self._path(number))
 
     def _loss(self):
@@ -199,11 +222,3 @@ def _leaves(passed: Passed, device: str) -> tuple[Passed, list[torch.Tensor]]:
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-
-def _norms(expert: Expert, criterion: str) -> torch.Tensor:
-    """[W] norm of each neuron's column of the down projection, or the product of the norms of all that it has."""
-    norms = expert.down.float().norm(dim=0)
-    if criterion == "magnitude":
-        norms = norms * expert.gate.float().norm(dim=1) * expert.up.float().norm(dim=1)
-    return norms

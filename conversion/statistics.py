@@ -26,6 +26,8 @@ _SAMPLE = 8192
 """Most tokens of a sample."""
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Strengths of the ridge to choose from, relative to the Gram matrix's diagonal."""
+_TYPICAL = 0.3
+"""A strength that does well, where none is chosen."""
 _CHECKED = 4
 """One in so many tokens is held out to choose it."""
 
@@ -35,8 +37,20 @@ class LayerSaliency(NamedTuple):
 
     neurons: list[torch.Tensor]
     """For each expert [W_e] how much each of its neurons matters; empty in a layer without routed experts."""
+    order: list[torch.Tensor]
+    """For each expert [W_e] its neurons, those that stay longest first, see [`eliminate`]."""
+    lost: list[torch.Tensor]
+    """For each expert [W_e + 1] what is lost where only the first n of them stay, n from 0 on."""
     tokens: torch.Tensor
     """[E] tokens that came to each expert."""
+
+    @classmethod
+    def of(
+        cls, neurons: list[torch.Tensor], tokens: torch.Tensor, grams: list[torch.Tensor] | None = None
+    ) -> "LayerSaliency":
+        """From the saliency and, if what stays will be refitted, the Gram matrices [W_e, W_e] of the activations."""
+        pairs = list(map(eliminate, neurons, grams or [None] * len(neurons)))
+        return cls(neurons, [order for order, _ in pairs], [lost for _, lost in pairs], tokens)
 
 
 @contextmanager
@@ -204,9 +218,48 @@ class ExpertStatistics:
         self.grams[expert].add(activations_TW * weights_T[:, None])
 
 
-def largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices, ascending, of the `count` largest."""
-    return values.topk(count).indices.sort().values
+def eliminate(neurons_W: torch.Tensor, gram_WW: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    In which order the neurons of an expert go, and what is lost with them. Without a refit, that is their saliency.
+    With one, the others stand in for what goes: the next to go is the one that loses the least, its saliency times the
+    share of its activation that those which stay do not tell (as in Optimal Brain Surgeon, Hassibi and Stork 1992).
+
+    Args:
+        neurons_W (`torch.Tensor`): Saliency.
+        gram_WW (`torch.Tensor`, *optional*): Gram matrix of the activations, if what stays will be refitted.
+
+    Returns:
+        [W] the neurons, those that stay longest first, and [W + 1] what is lost where only the first n stay, n from 0
+        on.
+    """
+    if gram_WW is None or not len(neurons_W):
+        order = neurons_W.argsort(descending=True, stable=True)
+        return order, F.pad(neurons_W.double()[order].flip(0).cumsum(0), (1, 0)).flip(0)
+    damped_WW = _damped(gram_WW, _TYPICAL)
+    scale_W = damped_WW.diagonal().rsqrt()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_WW * scale_W * scale_W[:, None]))
+    left, gone, costs = torch.arange(len(neurons_W), device=neurons_W.device), [], []
+    block = -(-len(neurons_W) // 32)
+    while len(left):
+        # One by one among the likeliest, and the matrix of all the others only once for a number of them.
+        likely = (neurons_W[left] / inverse.diagonal()).topk(min(2 * block, len(left)), largest=False).indices
+        small, saliency = inverse[likely[:, None], likely], neurons_W[left[likely]]
+        taken = []
+        for _ in range(min(block, len(left))):
+            cost = saliency / small.diagonal()
+            cost[taken] = torch.inf
+            next_one = int(cost.argmin())
+            taken.append(next_one)
+            costs.append(cost[next_one])
+            small = small - torch.outer(small[:, next_one], small[next_one] / small[next_one, next_one])
+        out = likely[taken]
+        gone.append(left[out])
+        stays = torch.ones_like(left, dtype=torch.bool)
+        stays[out] = False
+        across = inverse[out][:, stays]
+        inverse = inverse[stays][:, stays] - across.T @ torch.linalg.solve(inverse[out[:, None], out], across)
+        left = left[stays]
+    return torch.cat(gone).flip(0), F.pad(torch.stack(costs).double().cumsum(0), (1, 0)).flip(0)
 
 
 def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram: Gram) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,14 +311,20 @@ def square(matrix_HW: torch.Tensor, gram_WW: torch.Tensor) -> torch.Tensor:
 
 def ridge(gram: torch.Tensor, moments: torch.Tensor, strength: float = RIDGES[0]) -> torch.Tensor:
     """Solve (gram + ridge) x = moments, with a ridge of this strength, relative to the diagonal."""
+    damped = _damped(gram, strength)
+    torch.linalg.cholesky(damped, out=damped)
+    return torch.cholesky_solve(moments, damped)
+
+
+def _damped(gram: torch.Tensor, strength: float) -> torch.Tensor:
+    """The Gram matrix with a ridge."""
     damped = gram.clone()
     diagonal = damped.diagonal()
     if not diagonal.isfinite().all():
         raise ValueError("the source computes values that are not finite on the calibration tokens: check its weights")
     # For each input its own: a few neurons are far more active than others, and would drown them.
     diagonal.mul_(1 + strength).add_(1e-6 * diagonal.mean() if diagonal.any() else 1.0)
-    torch.linalg.cholesky(damped, out=damped)
-    return torch.cholesky_solve(moments, damped)
+    return damped
 
 
 def linear_rows(gram_HH: torch.Tensor, moments_HE: torch.Tensor, tokens: int) -> torch.Tensor:

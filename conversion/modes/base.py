@@ -112,6 +112,11 @@ class Mode(ABC):
         """What tells which neurons matter, see [`Survey`]; None for modes that do not ask before they begin."""
         return None
 
+    @property
+    def refits(self) -> bool:
+        """Whether what the survey says is lost takes a refit into account."""
+        return False
+
     def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
         """Decide what depends on the survey of so many calibration tokens, such as `target`."""
         return None

@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..decoders import Expert, LayerWeights, MoHGE
-from ..statistics import DenseStatistics, LayerSaliency, cluster, largest, linear_rows, observe_dense, refit
+from ..statistics import DenseStatistics, LayerSaliency, cluster, linear_rows, observe_dense, refit
 from .base import Converted, Layer, Mode, Run, slice_neurons, widen
 
 
@@ -38,7 +38,7 @@ class Copy(Mode):
         return self.recipe.saliency
 
     def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
-        self.saliency = [layer.neurons[0] for layer in layers]
+        self.order = [layer.order[0] for layer in layers]
 
     @property
     def exact(self) -> bool:
@@ -98,7 +98,7 @@ class Copy(Mode):
         squares, narrowed = [], {}
 
         def narrow(width: int) -> Expert:
-            kept = largest(self.saliency[layer.number], width)
+            kept = self.order[layer.number][:width].sort().values
             if not self.refits or statistics is None:
                 return slice_neurons(full, kept)
             down, sums = refit(full.down, kept, statistics.gram)

@@ -8,10 +8,10 @@ import torch
 
 from mohge import MoHGEConfig
 
-from ..allocation import Choices, allocate, choices
+from ..allocation import Choices, allocate, choices, prices
 from ..decoders import Expert, LayerWeights, MoHGE
 from ..recipe import Recipe
-from ..statistics import ExpertStatistics, LayerSaliency, largest, observe_experts, refit
+from ..statistics import ExpertStatistics, LayerSaliency, observe_experts, refit
 from .base import Converted, Layer, Mode, Run, slice_neurons, widen
 from .mixtures import routing_fields
 
@@ -78,6 +78,10 @@ class Trim(Mode):
         return self.recipe.saliency
 
     @property
+    def refits(self) -> bool:
+        return self.recipe.keep is not None
+
+    @property
     def needs_calibration(self) -> bool:
         return self.recipe.saliency != "magnitude" or self.recipe.budget == "work"
 
@@ -105,10 +109,12 @@ class Trim(Mode):
             return
         tables = {number: self._choices(number, layers[number]) for number in sparse}
         own = {number: list(map(len, layers[number].neurons)) for number in sparse}
-        budget = self.recipe.keep * sum(self._prices(layers[number]) @ own[number] for number in sparse)
-        chosen = dict(zip(sparse, allocate(list(tables.values()), budget, self.recipe.groups), strict=True))
+        whole = sum(prices(layers[number], self.recipe.budget) @ own[number] for number in sparse)
+        chosen = dict(
+            zip(sparse, allocate(list(tables.values()), self.recipe.keep * whole, self.recipe.groups), strict=True)
+        )
         lost = sum(tables[number].lost[range(len(chosen[number])), chosen[number]].sum() for number in sparse)
-        whole = sum(neurons.sum().item() for layer in layers for neurons in layer.neurons)
+        whole = sum(curve[0].item() for layer in layers for curve in layer.lost)
         self._lost, self._tokens = lost, tokens
         self._share = lost / whole if whole else 0.0
         shapes = {}
@@ -123,7 +129,7 @@ class Trim(Mode):
             return {}
         said = {"saliency lost": f"{self._share:.2%} ({self.recipe.saliency})"}
         if self.recipe.saliency == "gradient":
-            said["predicted loss"] = f"+{self._lost / 2 / self._tokens:.4f} nats per token, to second order, no refit"
+            said["predicted loss"] = f"+{self._lost / 2 / self._tokens:.4f} nats per token, to second order"
         return said
 
     def _units(self, number: int) -> list[list[int]]:
@@ -137,14 +143,8 @@ class Trim(Mode):
                 return [np.flatnonzero(groups == group).tolist() for group in range(config.num_groups)]
         return [[expert] for expert in range(len(self.source.expert_widths(number)))]
 
-    def _prices(self, layer: LayerSaliency) -> np.ndarray:
-        """[E] what a neuron of each expert takes of the budget."""
-        if self.recipe.budget == "memory":
-            return np.ones(len(layer.neurons))
-        return (layer.tokens / layer.tokens.sum().clamp(min=1)).numpy()
-
     def _choices(self, number: int, layer: LayerSaliency) -> Choices:
-        made = choices([neurons.numpy() for neurons in layer.neurons], self.recipe.multiple, self._prices(layer))
+        made = choices(layer, self.recipe.multiple, self.recipe.budget)
         units = self._units(number)
         widths, lost, cost = made.widths, *(np.stack([t[unit].sum(0) for unit in units]) for t in made[1:])
         if self.source.equivalent.keeps_router and self.source.feed_forwards[number].experts.has_bias:
@@ -183,13 +183,13 @@ class Trim(Mode):
     def convert(self, layer: Layer, weights: LayerWeights, statistics: ExpertStatistics | None) -> Converted:
         config = self.target.config.per_layer_config[layer.number]
         origins = list(self._origins(config, self.group_of[layer.number]))
-        saliency, squares = self.saliency[layer.number].neurons, []
+        order, squares = self.saliency[layer.number].order, []
 
         def expert(number: int) -> Expert:
             origin, width = origins[number], config.expert_widths[number]
             full = weights.expert(origin)
             narrow = width < full.gate.shape[0]
-            kept = largest(saliency[origin], width) if narrow else torch.arange(full.gate.shape[0])
+            kept = order[origin][:width].sort().values
             made = slice_neurons(full, kept)
             if statistics is not None:
                 down, sums = refit(full.down, kept, statistics.grams[origin])

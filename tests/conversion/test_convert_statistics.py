@@ -11,6 +11,7 @@ from mohge.conversion.statistics import (
     ExpertStatistics,
     Gram,
     cluster,
+    eliminate,
     linear_rows,
     refit,
     ridge,
@@ -200,3 +201,35 @@ def test_widened_neurons_are_idle(dtype, learns):
     for drawn in (wide.gate[W:], wide.up[W:]):
         assert drawn.any() == learns
         assert not learns or 0.1 < drawn.float().std() < 0.6
+
+
+@pytest.mark.parametrize("width", [5, 80])  # one block of likely ones, and several
+def test_elimination_takes_what_loses_the_least(width):
+    """Against solving for what is left, again and again."""
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn(300, width, generator=generator) @ torch.randn(width, width, generator=generator)
+    rows[:, 1], rows[:, 2] = 2 * rows[:, 0], 0.0
+    saliency = rows.square().sum(0) * torch.rand(width, generator=generator)
+    gram = rows.T @ rows
+    order, lost = eliminate(saliency, gram)
+    damped = gram.double() + torch.diag(0.3 * gram.diagonal() + 1e-6 * gram.diagonal().mean())
+    left, costs = list(range(width)), [0.0]
+    for went in reversed(order.tolist()):
+        told = 1 / (damped[left][:, left].inverse().diagonal() * damped.diagonal()[left])
+        expected = saliency[left].double() * told
+        place = left.index(went)
+        assert expected[place] <= 1.02 * expected.min() + 1e-9
+        costs.append(costs[-1] + expected[place].item())
+        left.remove(went)
+    assert not left
+    torch.testing.assert_close(lost, torch.tensor(costs[::-1], dtype=torch.float64), rtol=1e-3, atol=1e-6)
+    assert order[-1] == 2
+    assert lost[0] < 0.95 * saliency.sum()
+
+
+def test_elimination_without_refit_goes_by_saliency():
+    saliency = draw(W).abs()
+    order, lost = eliminate(saliency)
+    assert torch.equal(order, saliency.argsort(descending=True))
+    torch.testing.assert_close(lost[3], saliency.double()[order[3:]].sum())
+    assert lost[W] == 0

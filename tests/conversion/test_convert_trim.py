@@ -34,6 +34,7 @@ from mohge.conversion.decoders import make_decoder
 from mohge.conversion.plan import make_plan
 from mohge.conversion.recipe import load_recipe
 from mohge.conversion.saliency import Survey
+from mohge.conversion.statistics import LayerSaliency, eliminate
 
 
 def model_of(name: str, folder):
@@ -54,13 +55,13 @@ def parts(experts, expert: int):
     return getattr(experts, f"gate_up_proj_{group}")[slot], getattr(experts, f"down_proj_{group}")[slot]
 
 
-def saliency_by_autograd(model, ids) -> dict[tuple[int, int], torch.Tensor]:
-    """By layer and expert, from one backward pass through the whole model."""
+def saliency_by_autograd(model, ids) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    """By layer and expert, from one backward pass through the whole model, with the Gram matrix of what it adds up."""
     activations, found = {}, {}
 
-    def keep(layer, expert, value):
+    def keep(layer, expert, value, weights=1.0):
         value.retain_grad()
-        activations[layer, expert] = value
+        activations[layer, expert] = value, weights
         return value
 
     def make_forward(layer, experts):
@@ -71,8 +72,9 @@ def saliency_by_autograd(model, ids) -> dict[tuple[int, int], torch.Tensor]:
                 if (pair := parts(experts, expert)) is None or not len(token):
                     continue
                 gate, up = F.linear(hidden[token], pair[0]).chunk(2, -1)
-                inner = keep(layer, expert, F.silu(gate) * up)
-                output = output.index_add(0, token, F.linear(inner, pair[1]) * weights[token, slot, None])
+                combine = weights[token, slot, None]
+                inner = keep(layer, expert, F.silu(gate) * up, combine.detach())
+                output = output.index_add(0, token, F.linear(inner, pair[1]) * combine)
             return output
 
         return forward
@@ -85,8 +87,9 @@ def saliency_by_autograd(model, ids) -> dict[tuple[int, int], torch.Tensor]:
             down.register_forward_pre_hook(lambda m, args, number=number: (keep(number, 0, args[0] * 1.0),))
     logits = model(ids).logits[:, :-1]
     F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-    for key, value in activations.items():
-        found[key] = (value.detach() * value.grad).flatten(0, -2).square().sum(0)
+    for key, (value, weights) in activations.items():
+        rows = (value.detach() * weights).flatten(0, -2)
+        found[key] = (value.detach() * value.grad).flatten(0, -2).square().sum(0), rows.T @ rows
     return found
 
 
@@ -107,7 +110,10 @@ def test_saliency_layer_by_layer_is_that_of_one_backward_pass(name, tmp_path):
     for number, layer in enumerate(layers):
         for expert, neurons in enumerate(layer.neurons):
             if (number, expert) in expected:
-                torch.testing.assert_close(neurons, expected[number, expert], rtol=2e-3, atol=1e-7)
+                saliency, gram = expected[number, expert]
+                torch.testing.assert_close(neurons, saliency, rtol=2e-3, atol=1e-7)
+                torch.testing.assert_close(layer.lost[expert], eliminate(saliency, gram)[1], rtol=1e-2, atol=1e-7)
+                assert sorted(layer.order[expert].tolist()) == list(range(len(neurons)))
                 assert neurons.max() > 0
                 compared += 1
             else:
@@ -123,34 +129,38 @@ def cost_of(layers: list[Choices], picked) -> float:
     return sum(layer.cost[range(len(row)), row].sum() for layer, row in zip(layers, picked, strict=True))
 
 
-@pytest.mark.parametrize("prices", [None, [1, 2, 3]], ids=["memory", "work"])
+def made_up(saliency: list[np.ndarray], tokens=(1.0,)) -> LayerSaliency:
+    return LayerSaliency.of(list(map(torch.tensor, saliency)), torch.tensor(tokens).expand(len(saliency)))
+
+
+@pytest.mark.parametrize("budget", ["memory", "work"])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_allocation_loses_the_least(prices, groups):
+def test_allocation_loses_the_least(budget, groups):
     """Against every possible allocation."""
     random = np.random.default_rng(groups)
     for _ in range(4):
         scales = random.exponential(size=(2, 3)) ** 2
         layers = [
-            choices(
-                [scale * random.exponential(size=8) for scale in row], 3, 1.0 if prices is None else np.array(prices)
-            )
+            choices(made_up([scale * random.exponential(size=8) for scale in row], [1.0, 2.0, 3.0]), 3, budget)
             for row in scales
         ]
-        budget = float(random.integers(10, int(sum(layer.cost[:, -1].sum() for layer in layers))))
-        picked = allocate(layers, budget, groups)
+        if budget == "work":  # in sixths, which are exact
+            layers = [layer._replace(cost=np.rint(6 * layer.cost)) for layer in layers]
+        most = float(random.integers(10, int(sum(layer.cost[:, -1].sum() for layer in layers))))
+        picked = allocate(layers, most, groups)
         every = [
             [row for row in itertools.product(range(4), repeat=3) if groups == 3 or len(set(row)) <= groups]
             for _ in layers
         ]
-        fits = [pair for pair in itertools.product(*every) if cost_of(layers, map(list, pair)) <= budget]
+        fits = [pair for pair in itertools.product(*every) if cost_of(layers, map(list, pair)) <= most]
         best = min(lost_by(layers, map(list, pair)) for pair in fits)
-        assert cost_of(layers, picked) <= budget
+        assert cost_of(layers, picked) <= most
         assert all(len(set(row)) <= groups for row in picked)
         assert lost_by(layers, picked) == pytest.approx(best, rel=1e-5)
 
 
 def test_allocation_refuses_what_it_cannot_try():
-    layer = choices([np.ones(1024)] * 8, 8)
+    layer = choices(made_up([np.ones(1024)] * 8), 8, "memory")
     with pytest.raises(ValueError, match=r"`multiple`.*raise"):
         allocate([layer], 100.0, 4)
 
