@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers import __version__ as TRANSFORMERS
 
 from mohge.backbones_mohge import feed_forwards
@@ -41,18 +41,21 @@ from .statistics import ExpertStatistics, LayerSaliency, observe_experts, refit
 
 
 LENGTH = 512
+"""Tokens of a block, of models that take as many."""
 KEEP = (0.9, 0.8, 0.75, 0.6, 0.5)
 _CALIBRATION = 0.3
 """Share of the text, at its end, that calibration takes its pieces from."""
 
 
-def blocks(text: Path, tokenizer, count: int, start: float = 0.0) -> torch.Tensor:
-    """[count, LENGTH] tokens of a text, from the fraction `start` of it on."""
+def blocks(text: Path, folder: Path, count: int, start: float = 0.0) -> torch.Tensor:
+    """[count, S] tokens of a text, from the fraction `start` of it on, for the model in a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = min(LENGTH, getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", LENGTH))
     characters = text.read_text(encoding="utf-8")
-    characters = characters[int(start * len(characters)) :][: count * LENGTH * 8]
+    characters = characters[int(start * len(characters)) :][: count * length * 8]
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer(characters, add_special_tokens=False, verbose=False)["input_ids"]
-    step = LENGTH - len(first)
+    step = length - len(first)
     if len(ids) < count * step:
         raise ValueError(f"{text} has too few tokens: give a longer one, or ask for fewer")
     return torch.tensor([first + ids[i * step : (i + 1) * step] for i in range(count)])
@@ -203,11 +206,11 @@ def chosen_widths(
 def measure(options: argparse.Namespace):
     """Fill the file of results."""
     subject = Subject(options.source)
-    tokenizer = AutoTokenizer.from_pretrained(options.source)
-    held_out = blocks(options.held_out, tokenizer, options.blocks)
+    held_out = blocks(options.held_out, options.source, options.blocks)
     done = {(row["contestant"], row["keep"], row["seed"]) for row in read_rows([options.results])}
     reference = subject.reference(held_out[: options.kl_blocks])
-    facts = {"source": options.source.name, "machine": machine(), "calibration": options.calibration_blocks * LENGTH}
+    facts = {"source": options.source.name, "machine": machine()}
+    facts["calibration"] = options.calibration_blocks * held_out.shape[1]
     if ("source", 1.0, 0) not in done:
         row = subject.measure(held_out, subject.widths, reference)
         write_row(options.results, facts | {"contestant": "source", "keep": 1.0, "seed": 0, "kept": 1.0} | row)
@@ -220,7 +223,7 @@ def measure(options: argparse.Namespace):
         if not plan:
             continue
         start = 1 - _CALIBRATION * (seed + 1) / options.seeds
-        ids = blocks(options.text, tokenizer, options.calibration_blocks, start)
+        ids = blocks(options.text, options.source, options.calibration_blocks, start)
         statistics = subject.statistics(ids)
         surveys = {}
         for contestant, keep in plan:
@@ -248,8 +251,7 @@ def measure(options: argparse.Namespace):
 
 def compare(options: argparse.Namespace):
     """Fill the file of results with models that were made of the source."""
-    tokenizer = AutoTokenizer.from_pretrained(options.source)
-    held_out = blocks(options.held_out, tokenizer, options.blocks)
+    held_out = blocks(options.held_out, options.source, options.blocks)
     source = Subject(options.source)
     reference = source.reference(held_out[: options.kl_blocks])
     whole, done = sum(map(sum, source.widths)), {row["contestant"] for row in read_rows([options.results])}
@@ -308,8 +310,7 @@ def make_mixture(options: argparse.Namespace):
         return
     set_seed(0)
     model = AutoModelForCausalLM.from_pretrained(options.output, dtype=torch.float32).train()
-    tokenizer = AutoTokenizer.from_pretrained(options.output)
-    ids = blocks(options.text, tokenizer, options.steps)
+    ids = blocks(options.text, options.output, options.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
     for step, block in enumerate(ids):
         for group in optimizer.param_groups:
@@ -322,7 +323,7 @@ def make_mixture(options: argparse.Namespace):
         if step % 20 == 0:
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
     model.save_pretrained(trained)
-    tokenizer.save_pretrained(trained)
+    AutoTokenizer.from_pretrained(options.output).save_pretrained(trained)
 
 
 def machine() -> str:
