@@ -54,7 +54,7 @@ def test_measure_and_compare(place, monkeypatch, capsys):
     assert convert(place / "olmoe", place / "trimmed", *options) == 0
     run(monkeypatch, "compare", place / "olmoe", place / "trimmed", *text[2:], "--results", place / "made.jsonl")
     [made] = [json.loads(line) for line in (place / "made.jsonl").read_text().splitlines()]
-    ids = evidence.blocks(place / "text.txt", evidence.AutoTokenizer.from_pretrained(place / "olmoe"), 4)
+    ids = evidence.blocks(place / "text.txt", place / "olmoe", 4)
     with torch.no_grad():
         losses = [load(place / "trimmed")(ids[n][None], labels=ids[n][None]).loss.item() for n in range(4)]
     assert made["losses"] == pytest.approx(losses, rel=1e-4)
