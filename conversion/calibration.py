@@ -1,6 +1,7 @@
 """Text for calibration, as blocks of tokens."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ def read_tokens(
 ) -> Tokens:
     """
     Tokenise `recipe.calibration` with the source's tokenizer: documents one after the other, each ended by the
-    end-of-sequence token, cut into blocks. A column `input_ids` is taken as it is. An eighth of the blocks is held
-    out, or all of them if no statistics will be taken (`observed`).
+    end-of-sequence token, cut into blocks, which begin as the tokenizer begins a text. A column `input_ids` is taken
+    as it is. An eighth of the blocks is held out, or all of them if no statistics will be taken (`observed`).
 
     Raises:
         ValueError: if the data cannot be read, has no text, or is too short.
@@ -53,8 +54,12 @@ def read_tokens(
             f"`calibration_tokens` ({recipe.calibration_tokens}) must be at least two sequences of "
             f"`calibration_length` ({length}): raise it, or shorten the sequences"
         )
+    rows = _rows(recipe)
+    row = next(rows, {})
+    first = [] if tokenizer is None or "input_ids" in row else _beginning(tokenizer)
+    wanted -= wanted // length * len(first)
     ids: list[int] = []
-    for document in _documents(recipe, tokenizer):
+    for document in _documents(recipe, tokenizer, itertools.chain([row] if row else [], rows)):
         ids.extend(document)
         if len(ids) >= wanted:
             break
@@ -70,7 +75,8 @@ def read_tokens(
             f"`calibration` {name} has token ids outside of the source's vocabulary of {config.vocab_size}: use the "
             "source's own tokenizer"
         )
-    blocks = torch.tensor(ids[:wanted]).view(-1, length)
+    pieces = torch.tensor(ids[:wanted]).view(-1, length - len(first))
+    blocks = torch.cat([torch.tensor(first, dtype=torch.long).expand(len(pieces), -1), pieces], dim=1)
     return Tokens(blocks, max(1, len(blocks) // _HELD_OUT) if observed else len(blocks), True)
 
 
@@ -79,10 +85,16 @@ def _at_most(config: PreTrainedConfig, length: int) -> int:
     return min(length, getattr(config, "max_position_embeddings", length))
 
 
-def _documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[list[int]]:
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text. Models that were trained with it, such as Gemma, do not work without."""
+    token = tokenizer.bos_token_id
+    return [token] if token is not None and tokenizer("a")["input_ids"][:1] == [token] else []
+
+
+def _documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, rows: Iterable[dict]) -> Iterator[list[int]]:
     """The tokens of each document, or piece of one."""
     name, column = recipe.calibration, recipe.calibration_column
-    for row in _rows(recipe):
+    for row in rows:
         if "input_ids" in row:
             ids = row["input_ids"]
             if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
@@ -106,7 +118,8 @@ def _documents(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Ite
                     "`input_ids`"
                 )
             ends = not row.get("continues") and tokenizer.eos_token_id is not None
-            yield tokenizer(text, verbose=False)["input_ids"] + ([tokenizer.eos_token_id] if ends else [])
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            yield ids + ([tokenizer.eos_token_id] if ends else [])
 
 
 def _rows(recipe: Recipe) -> Iterator[dict]:

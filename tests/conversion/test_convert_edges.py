@@ -25,6 +25,7 @@ from conversion_cases import (
 from filelock import FileLock
 from model_cases import assert_close, make_model
 from safetensors.torch import save_file
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from mohge import MoHGEConfig
@@ -287,6 +288,15 @@ def test_text_is_read_in_pieces_and_only_as_far_as_needed(tmp_path, monkeypatch)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     expected = [*whole[:2000], *end, *whole[2000:]][:8000]
     assert calibration_module.read_tokens(of_folder, tokenizer, config, True).ids.flatten().tolist() == expected
+
+    tokenizer.bos_token = "w0"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="w0 $A", special_tokens=[("w0", tokenizer.bos_token_id)]
+    )
+    begun = calibration_module.read_tokens(few, tokenizer, config, True).ids
+    assert begun.shape == (10, 10)
+    assert begun[:, 0].tolist() == [tokenizer.bos_token_id] * 10
+    assert begun[:, 1:].flatten().tolist() == whole[:90]
 
 
 def test_recipe_beside_the_weights_has_every_choice(tmp_path):
