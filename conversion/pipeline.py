@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,6 +107,7 @@ def _identity(plan: Plan, tokens: Tokens) -> str:
     sources = {file: (plan.checkpoint.folder / file).stat() for file in plan.checkpoint.order}
     places = torch.arange(1, tokens.ids.numel() + 1).view_as(tokens.ids)
     facts = {
+        "versions": {name: version(name) for name in ("mohge", "torch", "transformers")},
         "recipe": plan.recipe.to_yaml(),
         "config": plan.fields,
         "files": {file: [stat.st_size, stat.st_mtime_ns] for file, stat in sources.items()},

@@ -53,7 +53,7 @@ class Recipe:
         None, "what `keep` is a fraction of: memory, the parameters, or work, the parameters used as routed (trim)"
     )
     saliency: Saliency | None = _option(
-        None, "what tells which neurons matter: gradient (default), contribution, or magnitude, without data (trim)"
+        None, "what tells which neurons matter: gradient (default), contribution, or magnitude, without data"
     )
     multiple: int | None = _option(None, "what the widths that `keep` leads to are multiples of (default: 64)")
     groups: int | None = _option(None, "most different widths in a layer that `keep` leads to (default: 3)")

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import NamedTensors
 from .decoders import Expert, MoHGE, Passed, Source
-from .statistics import LayerSaliency, observe_experts
+from .statistics import LayerSaliency, magnitude, observe_experts
 from .streams import Stream
 
 
@@ -122,10 +122,7 @@ class Survey:
         return map(weights.expert, range(len(self.source.expert_widths(number))))
 
     def _magnitude(self, number: int) -> LayerSaliency:
-        neurons = [
-            e.down.float().norm(dim=0) * e.gate.float().norm(dim=1) * e.up.float().norm(dim=1)
-            for e in self._experts(number)
-        ]
+        neurons = list(map(magnitude, self._experts(number)))
         return LayerSaliency.of(neurons, torch.ones(len(neurons)))
 
     def _load(self, number: int) -> LayerSaliency:

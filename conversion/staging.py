@@ -55,8 +55,8 @@ class Staging:
             self.folder.mkdir()
         elif marker.read_text(encoding="utf-8") != identity:
             raise ValueError(
-                f"{self.folder} holds an unfinished conversion of another source or recipe: finish that one with its "
-                f"own command, or remove the folder"
+                f"{self.folder} holds an unfinished conversion of another source, recipe or version: finish that one "
+                f"with its own command, or remove the folder"
             )
 
     def _refuse_foreign(self):

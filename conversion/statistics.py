@@ -15,6 +15,8 @@ from torch import nn
 from mohge.backbones_mohge import FeedForward
 from mohge.blocks_mohge import MoHGEExperts
 
+from .decoders import Expert
+
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
 """Called for each batch with the input [T, H] of a feed-forward, after its norm, and its activations [T, D]."""
@@ -216,6 +218,11 @@ class ExpertStatistics:
     def __call__(self, expert: int, activations_TW: torch.Tensor, weights_T: torch.Tensor):
         """Take in the tokens of one expert."""
         self.grams[expert].add(activations_TW * weights_T[:, None])
+
+
+def magnitude(expert: Expert) -> torch.Tensor:
+    """[W] saliency of an expert's neurons without data: the product of the norms of their rows and column."""
+    return expert.down.float().norm(dim=0) * expert.gate.float().norm(dim=1) * expert.up.float().norm(dim=1)
 
 
 def eliminate(neurons_W: torch.Tensor, gram_WW: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,9 @@ from mohge import MoHGEConfig
 from mohge.info import parameter_counts
 from mohge.routing_mohge import MoHGERouter
 
-from ..decoders import LayerWeights, MoHGE
+from ..decoders import Expert, LayerWeights, MoHGE
 from ..recipe import Recipe
-from ..statistics import LayerSaliency, assign, cluster, observe_dense, ridge, square
+from ..statistics import LayerSaliency, assign, cluster, magnitude, observe_dense, ridge, square
 from .base import Converted, Layer, Mode, Run, slice_neurons
 from .dense import shared_expert
 
@@ -108,7 +108,8 @@ class _Partition(NamedTuple):
 
     rows_EH: torch.Tensor
     order_D: torch.Tensor
-    residue: _Residue
+    residue: _Residue | None
+    """None without data."""
 
 
 class Split(Mode):
@@ -120,20 +121,31 @@ class Split(Mode):
     With `keep_active` tokens differ in how many that is: experts of width 0 compete, whose need is predicted to be the
     same for every token, and a token that needs few experts takes those instead. Combine weights are 1, nearly. All
     down projections are refitted together to what the routed sum misses.
+
+    With `saliency` magnitude there are no data: neurons of the largest weights become the shared expert, those whose
+    gates look the same way go together, and a router row is the mean of its expert's gates (as in MoEfication,
+    https://huggingface.co/papers/2110.01786). Nothing is refitted.
     """
 
     name = "split"
     takes = ("dense",)
-    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "keep_active"})
+    options = frozenset({"widths", "experts_per_group", "top_k", "top_groups", "keep_active", "saliency"})
     exact = False
     reason = "a token passes through the shared expert and some of the routed ones only"
-    needs_calibration = True
     saliency_LD: torch.Tensor | None = None
     """What the loss loses without each neuron, summed over tokens; None where that is not known."""
 
     @property
     def criterion(self) -> str | None:
         return None if self.recipe.keep_active is None else "gradient"
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.recipe.saliency != "magnitude"
+
+    @property
+    def observes(self) -> bool:
+        return self.needs_calibration
 
     def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
         self.saliency_LD = torch.stack([layer.neurons[0] for layer in layers])
@@ -146,6 +158,8 @@ class Split(Mode):
 
     def make_target(self) -> MoHGE:
         fields = {"topk_weight_normalization": "softmax"}
+        if self.recipe.saliency not in (None, "magnitude"):
+            raise ValueError(f"mode split takes `saliency` magnitude, or none: leave out {self.recipe.saliency}")
         if self.recipe.keep_active is not None:
             return self.mohge(**fields, **self._layout())
         widths, width, top_groups = self.required("widths"), self.source.width, self.recipe.top_groups
@@ -170,7 +184,7 @@ class Split(Mode):
     def _layout(self) -> dict:
         """Fields of the config for `keep_active`; also finds `used_L`, the neurons of each layer that a token uses on
         average."""
-        for option in ("widths", "experts_per_group", "top_k", "top_groups"):
+        for option in ("widths", "experts_per_group", "top_k", "top_groups", "saliency"):
             if getattr(self.recipe, option) is not None:
                 raise ValueError(f"`{option}` and `keep_active` exclude one another: leave one of them out")
         kept, width, config = self.recipe.keep_active, self.source.width, self.source.config
@@ -232,7 +246,9 @@ class Split(Mode):
             "num_experts_per_tok": most,
         }
 
-    def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> _Partition:
+    def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> _Partition | None:
+        if not self.observes:
+            return None
         full = weights.expert(0)
         down_HD = full.down.to(layer.device).float()
         activity = _Activity(*down_HD.shape, layer.tokens, layer.device)
@@ -259,16 +275,7 @@ class Split(Mode):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Neurons of the shared expert, and of each routed one by id."""
         config, tokens = self._config(layer), activity.tokens
-        width = config.shared_expert_intermediate_size
-        kept = [number for number, width in enumerate(config.expert_widths) if width]
-        capacities = [config.expert_widths[number] for number in kept]
-
-        def members(routed: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
-            experts = [routed[:0]] * config.num_experts
-            for place, number in enumerate(kept):
-                experts[number] = routed[places.to(routed.device) == place]
-            return experts
-
+        kept, capacities = self._kept(config)
         # First by what inputs tell: neurons are near whose need is predicted for the same tokens. The Gram matrix of
         # the predictions, with their means taken out, has a factor with a column for each neuron.
         predicted_HD = _solve(activity.gram_HH, activity.moments_HD * scale_D)
@@ -277,8 +284,8 @@ class Split(Mode):
         points_DH = predicted_HD.T @ (vectors_HH * values_H.clamp(min=0).sqrt())
         points_DH = points_DH / points_DH.norm(dim=1, keepdim=True).clamp(min=1e-30)
         order_D = (activity.squares_D * scale_D.square()).argsort(descending=True, stable=True)
-        shared, routed = order_D.tensor_split([width])
-        experts = members(routed, cluster(points_DH[routed].cpu(), capacities, layer.generator))
+        shared, routed = order_D.tensor_split([config.shared_expert_intermediate_size])
+        experts = self._members(config, routed, cluster(points_DH[routed].cpu(), capacities, layer.generator))
 
         # Then by what the router makes of it: each neuron moves where it is used most when it is needed, and those
         # that would be missed most into the shared expert.
@@ -294,8 +301,33 @@ class Split(Mode):
             used_DE += need_TD.T @ chosen_TE[:, kept]
             needed_D += need_TD.sum(0)
         order_D = (needed_D - used_DE.max(1).values).argsort(descending=True, stable=True)
-        shared, routed = order_D.tensor_split([width])
-        return shared, members(routed, assign(-used_DE[routed].cpu(), capacities))
+        shared, routed = order_D.tensor_split([config.shared_expert_intermediate_size])
+        return shared, self._members(config, routed, assign(-used_DE[routed].cpu(), capacities))
+
+    @staticmethod
+    def _kept(config: MoHGEConfig) -> tuple[list[int], list[int]]:
+        """Experts that have neurons, and how many."""
+        kept = [number for number, width in enumerate(config.expert_widths) if width]
+        return kept, [config.expert_widths[number] for number in kept]
+
+    def _members(self, config: MoHGEConfig, routed: torch.Tensor, places: torch.Tensor) -> list[torch.Tensor]:
+        """The neurons of each expert by id, of those `routed` that have these places among the experts kept."""
+        experts = [routed[:0]] * config.num_experts
+        for place, number in enumerate(self._kept(config)[0]):
+            experts[number] = routed[places.to(routed.device) == place]
+        return experts
+
+    def _by_weights(self, layer: Layer, full: Expert) -> _Partition:
+        """A partition without data."""
+        config, gate_DH = self._config(layer), full.gate.float()
+        order_D = magnitude(full).argsort(descending=True, stable=True)
+        shared, routed = order_D.tensor_split([config.shared_expert_intermediate_size])
+        directions = gate_DH[routed] / gate_DH[routed].norm(dim=1, keepdim=True).clamp(min=1e-30)
+        places = cluster(directions, self._kept(config)[1], layer.generator)
+        experts = self._members(config, routed, places)
+        rows_EH = torch.stack([gate_DH[expert].sum(0) / max(1, len(expert)) for expert in experts])
+        rows_EH *= _SPREAD / rows_EH.norm(dim=1).mean().clamp(min=1e-30)
+        return _Partition(rows_EH.to(full.gate.dtype), torch.cat([shared, *experts]), None)
 
     def _rows(self, layer: Layer, activity: _Activity, moments_HE: torch.Tensor) -> torch.Tensor:
         """Router rows [E, H] that predict the need for each expert. That for experts of width 0 is the same for every
@@ -323,16 +355,20 @@ class Split(Mode):
     def _config(self, layer: Layer) -> MoHGEConfig:
         return self.target.config.per_layer_config[layer.number]
 
-    def convert(self, layer: Layer, weights: LayerWeights, statistics: _Partition) -> Converted:
+    def convert(self, layer: Layer, weights: LayerWeights, statistics: _Partition | None) -> Converted:
+        full, tensors, squares = weights.expert(0), dict(weights.tensors), None
+        statistics = statistics or self._by_weights(layer, full)
         config, residue = self._config(layer), statistics.residue
-        full, tensors = weights.expert(0), dict(weights.tensors)
-        gram_DD, moments_DH = residue.gram_DD.cpu(), residue.moments_DH.cpu()
-        correction_HD = _solve(gram_DD, moments_DH).T
-        # ||missed - correction a||^2, summed over tokens
-        error = residue.missed - 2 * (correction_HD.T * moments_DH).sum(dtype=torch.float64)
-        error = error + square(correction_HD, gram_DD)
         ordered = slice_neurons(full, statistics.order_D)
-        down_HD = ordered.down.float() + correction_HD
+        down_HD = ordered.down.float()
+        if residue is not None:
+            gram_DD, moments_DH = residue.gram_DD.cpu(), residue.moments_DH.cpu()
+            correction_HD = _solve(gram_DD, moments_DH).T
+            # ||missed - correction a||^2, summed over tokens
+            error = residue.missed - 2 * (correction_HD.T * moments_DH).sum(dtype=torch.float64)
+            error = error + square(correction_HD, gram_DD)
+            down_HD = down_HD + correction_HD
+            squares = [torch.stack([residue.output, residue.missed, error.clamp(min=0)])]
         # Combine weights add up to the scaling factor, which is the same in all layers.
         down_HD[:, config.shared_expert_intermediate_size :] *= (
             config.num_experts_per_tok / config.routed_scaling_factor
@@ -345,4 +381,4 @@ class Split(Mode):
         if config.shared_expert_intermediate_size:
             tensors |= shared_expert(layer.block, slice_neurons(ordered, parts[0]))
         weights = LayerWeights(tensors, lambda number: slice_neurons(ordered, parts[1 + number]))
-        return Converted(weights, [torch.stack([residue.output, residue.missed, error.clamp(min=0)])])
+        return Converted(weights, squares)

@@ -197,6 +197,8 @@ OPTIONS = {
     "kept share of one": ("llama", ["--mode", "split", "--keep-active", "1"], "keep_active"),
     "kept share beside widths": ("llama", [*SPLIT_KEPT, "0.9", "--widths", "3,6"], "widths.*keep_active"),
     "kept share beside a top k": ("llama", [*SPLIT_KEPT, "0.9", "--top-k", "2"], "top_k.*keep_active"),
+    "kept share without data": ("llama", [*SPLIT_KEPT, "0.9", "--saliency", "magnitude"], "saliency.*keep_active"),
+    "split by the gradient": ("llama", ["--mode", "split", "--saliency", "gradient"], "saliency.*magnitude"),
     "kept share that is out of reach": ("llama", [*SPLIT_KEPT, "0.1"], r"keep_active.*\b44\b"),
     "kept share without calibration": ("llama", [*SPLIT_KEPT, "0.9"], "calibration"),
     "kept share of a trim": ("olmoe", [*TRIM, "--keep-active", "0.9"], "keep_active"),

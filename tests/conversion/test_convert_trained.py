@@ -42,6 +42,7 @@ def converted(text, sources, tmp_path_factory):
         **MODES,
         "trim": trim,
         "split": SPLIT,
+        "split magnitude": {**SPLIT, "saliency": "magnitude"},
         "split whole": {**SPLIT, "top_k": 8},
         "split kept": {"keep_active": KEPT},
     }
@@ -207,7 +208,7 @@ def kept_need(need_TD, shared, experts, chosen_TE) -> float:
     return (kept / need_TD.sum()).item()
 
 
-@pytest.mark.parametrize("name", ["split", "split kept"])
+@pytest.mark.parametrize("name", ["split", "split kept", "split magnitude"])
 def test_split_keeps_every_neuron_and_what_tokens_need(name, converted, blocks):
     """On text that calibration did not see: less is missed than with other neurons in the shared expert, or with the
     routed ones dealt out to the experts at random."""
