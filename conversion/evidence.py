@@ -217,8 +217,7 @@ def measure(options: argparse.Namespace):
     for seed in range(options.seeds):
         plan = [(c, keep) for keep in KEEP for c in UNEQUAL + UNIFORM]
         if seed == 0:
-            plan += [(c, keep) for keep in KEEP for c in WITHOUT_REFIT]
-            plan += [(c, keep) for keep in (0.75, 0.5) for c in OTHERS]
+            plan += [(c, keep) for keep in (0.75, 0.5) for c in WITHOUT_REFIT + OTHERS]
         plan = [(c, keep) for c, keep in plan if (c.name, keep, seed) not in done]
         if not plan:
             continue
@@ -364,7 +363,7 @@ def main():
     command.add_argument("--results", type=Path, required=True)
     command.add_argument("--blocks", type=int, default=16)
     command.add_argument("--kl-blocks", type=int, default=4)
-    command.add_argument("--calibration-blocks", type=int, default=24)
+    command.add_argument("--calibration-blocks", type=int, default=44)
     command.add_argument("--multiple", type=int, default=64)
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=measure)
