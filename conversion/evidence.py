@@ -4,6 +4,7 @@ What unequal widths are worth when a model is compressed: `python -m mohge.conve
     evidence mixture DENSE OUT --text TEXT      # splits a dense model into 8 equal experts and trains them a little
     evidence measure SOURCE --text TEXT --held-out TEXT --results FILE
     evidence compare SOURCE FOLDER... --held-out TEXT --results FILE     # what `mohge convert` made of SOURCE
+    evidence task OUT --held-out TEXT           # for `mohge eval FOLDER --tasks continuation --include-path OUT`
 
 `measure` narrows the experts of SOURCE, a mixture or a dense model, in memory, with survey, allocation and refit as in
 `mohge convert --mode trim`, and measures perplexity, KL divergence to SOURCE, and both axes: neurons kept, and neurons
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers import __version__ as TRANSFORMERS
@@ -43,6 +45,8 @@ from .statistics import ExpertStatistics, LayerSaliency, observe_experts, refit
 LENGTH = 512
 """Tokens of a block, of models that take as many."""
 KEEP = (0.9, 0.8, 0.75, 0.6, 0.5)
+_PIECE = 36
+"""Words of a piece in the task."""
 _CALIBRATION = 0.3
 """Share of the text, at its end, that calibration takes its pieces from."""
 
@@ -325,6 +329,36 @@ def make_mixture(options: argparse.Namespace):
     AutoTokenizer.from_pretrained(options.output).save_pretrained(trained)
 
 
+def make_task(options: argparse.Namespace):
+    """Write a task of lm-evaluation-harness that needs no download: which of four pieces follows a piece of text."""
+    words = options.held_out.read_text(encoding="utf-8").split()
+    pieces = [words[i : i + _PIECE] for i in range(0, len(words) - _PIECE, _PIECE)]
+    generator = np.random.default_rng(0)
+    rows = []
+    for place in generator.permutation(len(pieces) - 1)[: options.questions]:
+        others = generator.choice(len(pieces), 3, replace=False)
+        endings = [pieces[place + 1], *(pieces[other] for other in others)]
+        order = generator.permutation(4)
+        choices = [" " + " ".join(endings[index][: _PIECE // 3]) for index in order]
+        rows.append({"q": " ".join(pieces[place]), "c": choices, "a": int(np.flatnonzero(order == 0)[0])})
+    options.output.mkdir()
+    data = options.output / "continuation.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": "continuation",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data.absolute())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{a}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (options.output / "continuation.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+
+
 def machine() -> str:
     """Where and with what."""
     information = Path("/proc/cpuinfo")
@@ -375,6 +409,11 @@ def main():
     command.add_argument("--blocks", type=int, default=16)
     command.add_argument("--kl-blocks", type=int, default=4)
     command.set_defaults(run=compare)
+    command = commands.add_parser("task")
+    command.add_argument("output", type=Path)
+    command.add_argument("--held-out", type=Path, required=True)
+    command.add_argument("--questions", type=int, default=300)
+    command.set_defaults(run=make_task)
     options = parser.parse_args()
     options.run(options)
 

@@ -66,3 +66,14 @@ def test_measure_and_compare(place, monkeypatch, capsys):
     uniform = next(row for row in others if (row["contestant"], row["keep"]) == ("uniform", 0.5))
     assert f"{math.exp(sum(uniform['losses']) / 4):.2f}" in printed
     assert (place / "plot.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_task_asks_for_what_follows(place, monkeypatch):
+    run(monkeypatch, "task", place / "task", "--held-out", place / "text.txt", "--questions", 20)
+    rows = [json.loads(line) for line in (place / "task" / "continuation.jsonl").read_text().splitlines()]
+    text = (place / "text.txt").read_text()
+    assert len({row["q"] for row in rows}) == 20
+    assert {row["a"] for row in rows} == {0, 1, 2, 3}
+    for row in rows:
+        assert [row["q"] + choice in text for choice in row["c"]] == [n == row["a"] for n in range(4)]
+    assert str(place / "task" / "continuation.jsonl") in (place / "task" / "continuation.yaml").read_text()
