@@ -69,10 +69,20 @@ def allocate(layers: list[Choices], budget: float, groups: int) -> list[list[int
     whole = math.floor(budget / quantum + 1e-6)
     costs = [np.rint(layer.cost / quantum).astype(np.int64) for layer in layers]
     tables = [_Layer(layer.lost, cost, groups) for layer, cost in zip(layers, costs, strict=True)]
-    best = np.zeros(whole + 1)
+    while True:
+        chosen = _choose(tables, whole)
+        spent = sum(layer.cost[range(len(row)), row].sum() for layer, row in zip(layers, chosen, strict=True))
+        if spent <= budget * (1 + 1e-9):
+            return chosen
+        whole -= math.ceil((spent - budget) / quantum)  # costs had been rounded down
+
+
+def _choose(tables: list["_Layer"], whole: int) -> list[list[int]]:
+    """The widths that lose the least for so many quanta."""
+    best = np.zeros(max(whole, 0) + 1)
     taken = []
     for table in tables:
-        after, spent = np.full(whole + 1, np.inf), np.zeros(whole + 1, dtype=np.int32)
+        after, spent = np.full(len(best), np.inf), np.zeros(len(best), dtype=np.int32)
         for cost in table.steps:  # only where more room loses less
             if cost > whole:
                 break
@@ -81,7 +91,7 @@ def allocate(layers: list[Choices], budget: float, groups: int) -> list[list[int
             after[cost:][better], spent[cost:][better] = candidate[better], cost
         best = after
         taken.append(spent)
-    if not np.isfinite(best[-1]):
+    if whole < 0 or not np.isfinite(best[-1]):
         raise ValueError("`keep` is below what the narrowest experts take: raise it")
     chosen = []
     for table, spent in zip(reversed(tables), reversed(taken), strict=True):

@@ -159,6 +159,17 @@ def test_allocation_loses_the_least(budget, groups):
         assert lost_by(layers, picked) == pytest.approx(best, rel=1e-5)
 
 
+def test_allocation_stays_within_a_budget_of_rounded_costs():
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        layers = []
+        for _ in range(3):
+            saliency = [random.exponential(size=16) * random.exponential() for _ in range(24)]
+            layers.append(choices(made_up(saliency, random.exponential(size=24)), 4, "work"))
+        most = 0.6 * sum(layer.cost[:, -1].sum() for layer in layers)
+        assert 0.99 * most < cost_of(layers, allocate(layers, most, 3)) <= most * (1 + 1e-9)
+
+
 def test_allocation_refuses_what_it_cannot_try():
     layer = choices(made_up([np.ones(1024)] * 8), 8, "memory")
     with pytest.raises(ValueError, match=r"`multiple`.*raise"):
