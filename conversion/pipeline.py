@@ -306,6 +306,10 @@ class _Conversion:
 
     def _write_config(self, folder: Path):
         plan, config = self.plan, self.plan.target.config
+        if plan.recipe.to is not None:
+            config.architectures = [type(plan.target.model).__name__]
+            config.save_pretrained(folder)
+            return
         if not isinstance(plan.target, MoHGE):
             fields = {name: value for name, value in plan.source.config.source_config.items() if name != "auto_map"}
             if config.dtype != self.plan.checkpoint.dtype:  # it has been trained in another one since

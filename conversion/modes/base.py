@@ -103,6 +103,11 @@ class Mode(ABC):
         """Why it is exact or not."""
 
     @property
+    def notes(self) -> list[str]:
+        """Where the result would be wrong that the receipt cannot try."""
+        return []
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether it takes a text; where none is given, one that is always there."""
         return False

@@ -1,0 +1,231 @@
+"""Architectures that every serving engine has, and MoHGE models that are one of them once their experts are padded."""
+
+import dataclasses
+import math
+
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from mohge import MoHGEConfig
+
+from ..decoders import Decoder, Expert, LayerWeights, MoHGE, Source, make_decoder
+from .base import widen
+
+
+_BACKBONES = {
+    "mixtral": ("mixtral", "llama", "mistral"),
+    "qwen2_moe": ("qwen2_moe", "qwen2", "llama", "mistral", "mixtral"),
+    "qwen3_moe": ("qwen3_moe", "qwen3"),
+    "olmoe": ("olmoe",),
+}
+"""Architecture -> backbones that compute what it computes outside of the experts, where their tensors agree."""
+_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+"""Fields that may hold the width of a mixture's experts; the first that a config has does."""
+_FAINT = 2.0**-40
+"""Entries of a shared expert's gate that is always half open. Not 0: llama.cpp computes silu(x) / x of its output."""
+
+
+def is_flat(layer: MoHGEConfig) -> bool:
+    """Whether a layer's own router chooses the best experts of all by the softmax over all of them."""
+    if layer.router_type == "two_level":
+        keeps_all = layer.num_groups_per_tok == layer.num_groups
+        return keeps_all and (layer.group_score_function == "expert_logsumexp" or layer.num_groups == 1)
+    return layer.router_type == "top_k"
+
+
+def make_native(source: MoHGE, to: str, width: int, multiple: int) -> Source:
+    """
+    The model of the architecture `to` that computes what `source` does once its experts are padded to `width`.
+
+    Args:
+        source ([`MoHGE`]): A model with a flat router, or one that keeps its mixture's.
+        to (`str`): The architecture, or `"source"` for the backbone's.
+        width (`int`): Width of the experts.
+        multiple (`int`): What the width of a shared expert is rounded up to a multiple of.
+
+    Raises:
+        ValueError: if there is none, naming the field and what does.
+    """
+    own = source.config.backbone_config.model_type
+    to = own if to == "source" else to
+    try:
+        return _make(source, to, width, multiple)
+    except ValueError as error:
+        others = [own] if source.config.keeps_router else list(_BACKBONES)
+        fits = [other for other in others if other != to and _fits(source, other, width, multiple)]
+        remedy = f"use {' or '.join(fits)}" if fits else "`pad` instead keeps it a MoHGE model"
+        raise ValueError(f"mode export cannot make this a {to} model: {error}; {remedy}") from error
+
+
+def _fits(source: MoHGE, to: str, width: int, multiple: int) -> bool:
+    try:
+        return _make(source, to, width, multiple) is not None
+    except ValueError:
+        return False
+
+
+def _make(source: MoHGE, to: str, width: int, multiple: int) -> Source:
+    config, backbone = source.config, source.config.backbone_config
+    dtype = config.dtype or torch.float32
+    if config.keeps_router:
+        if to != backbone.model_type:
+            raise ValueError(f"`router_type` source keeps the router of {backbone.model_type}")
+        fields = backbone.to_dict()
+        fields |= {next(name for name in _WIDTHS if fields.get(name) is not None): width}
+    elif to not in _BACKBONES:
+        raise ValueError(f"`to` is one of {', '.join(_BACKBONES)}, or source for a model that keeps its router")
+    else:
+        fields = _fields(source, to, width, multiple)
+    fields |= {"model_type": to, "dtype": str(dtype).removeprefix("torch."), "architectures": None}
+    target = make_decoder(fields)
+    _check_rest(source, target, width)
+    return target
+
+
+def _fields(source: MoHGE, to: str, width: int, multiple: int) -> dict:
+    """The fields of the architecture's config for a model whose router is ours."""
+    config, backbone = source.config, source.config.backbone_config
+    if backbone.model_type not in _BACKBONES[to]:
+        raise ValueError(f"its `backbone_config` is a {backbone.model_type}")
+    layers = config.sparse_layers
+    for layer in layers:
+        if not is_flat(layer):
+            raise ValueError(
+                f"its router does not choose the best of all experts by one softmax (`router_type` "
+                f"{layer.router_type}, {layer.num_groups_per_tok} of {layer.num_groups} groups"
+                f"{f', scored by {layer.group_score_function}' if layer.router_type == 'two_level' else ''})"
+            )
+    [*counts], [*chosen] = (
+        {getattr(layer, name) for layer in layers} for name in ("num_experts", "num_experts_per_tok")
+    )
+    if len(counts) > 1 or len(chosen) > 1:
+        raise ValueError(
+            f"its layers differ in `num_experts_per_group` or `num_experts_per_tok` ({sorted(counts)} experts, of "
+            f"which tokens take {sorted(chosen)})"
+        )
+    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[to])}
+    normalisation, shared = config.topk_weight_normalization, config.shared_expert_intermediate_size
+    always = "norm_topk_prob" not in known
+    if normalisation == "softmax" or (always and normalisation != "sum"):
+        raise ValueError(f"`topk_weight_normalization` is {normalisation}{', not sum' if always else ''}")
+    if shared and "shared_expert_intermediate_size" not in known:
+        raise ValueError(f"it has a shared expert, of `shared_expert_intermediate_size` {shared}")
+    if config.mlp_only_layers and "mlp_only_layers" not in known:
+        raise ValueError(f"it has dense layers, `mlp_only_layers` {config.mlp_only_layers}")
+    if backbone.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"engines compute silu in it, and `hidden_act` is {backbone.hidden_act}")
+    factor = config.routed_scaling_factor
+    if config.dtype not in (None, torch.float32) and math.frexp(factor)[0] != 0.5:
+        raise ValueError(
+            f"`routed_scaling_factor` {factor} goes into the down projections, and {config.dtype} cannot hold them "
+            "exactly: give the model in float32"
+        )
+    fields = {
+        "num_experts": counts[0],
+        "num_local_experts": counts[0],
+        "num_experts_per_tok": chosen[0],
+        "norm_topk_prob": normalisation == "sum",
+        "shared_expert_intermediate_size": round_up(shared or 1, multiple),
+        "mlp_only_layers": config.mlp_only_layers,
+        "decoder_sparse_step": 1,
+        "qkv_bias": f"{source.prefix}0.self_attn.q_proj.bias" in source.tensors,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        next(name for name in _WIDTHS if name in known): width,
+    }
+    if to == "qwen3_moe":
+        known.add("head_dim")  # it takes that, and does not declare it
+    return {name: value for name, value in (backbone.to_dict() | fields).items() if name in known}
+
+
+def round_up(width: int, multiple: int) -> int:
+    """The least multiple that is not below `width`."""
+    return -(-width // multiple) * multiple
+
+
+def _check_rest(source: MoHGE, target: Source, width: int):
+    """Check that all but routers and experts is the same."""
+    if (
+        target.experts is None
+        or target.experts.width != width
+        or set(target.experts.dense_layers) != set(source.config.mlp_only_layers)
+    ):
+        raise ValueError(f"it has no such layers of experts of width {width}")
+    before, after = (_rest(decoder, source.config) for decoder in (source, target))
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise ValueError(f"{name} would be {after.get(name) or 'lost'}, and is {before.get(name) or 'missing'}")
+    windows = _windows(source.config.backbone_config)
+    if windows != _windows(target.config):
+        raise ValueError(f"`sliding_window` and `layer_types` let its layers see {windows} tokens")
+
+
+def _rest(decoder: Decoder, config: MoHGEConfig) -> dict[str, list[int]]:
+    part = "experts." if config.keeps_router else ""
+    parts = tuple(
+        f"{decoder.prefix}{number}.{decoder.block(number)}{part}"
+        for number in range(decoder.num_layers)
+        if number not in config.mlp_only_layers
+    )
+    return {name: list(tensor.shape) for name, tensor in decoder.tensors.items() if not name.startswith(parts)}
+
+
+def _windows(config: PreTrainedConfig) -> list[int | None]:
+    """How far back each layer sees, None for all tokens."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def native_layer(source: MoHGE, target: Source, number: int, weights: LayerWeights) -> LayerWeights:
+    """The layer of the architecture, but for the width of its experts: the factor on their sum goes into their down
+    projections, and a shared expert gets a gate if it has none."""
+    config, block = source.config, target.block(number)
+    if config.keeps_router:
+        return weights
+    names = {name.removeprefix(f"{target.prefix}{number}.") for name in target.layer_names(number)}
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if name in names}
+    if f"{block}shared_expert_gate.weight" in names:
+        tensors |= _shared_expert(weights.tensors, block, target.config.shared_expert_intermediate_size)
+
+    def expert(index: int) -> Expert:
+        found = weights.expert(index)
+        return found._replace(down=found.down * config.routed_scaling_factor)
+
+    return LayerWeights(tensors, expert)
+
+
+def _shared_expert(tensors: dict[str, torch.Tensor], block: str, width: int) -> dict[str, torch.Tensor]:
+    """The shared expert and its sigmoid gate. Where there is no gate it is half open, and the output doubled; where
+    there is no shared expert, it adds nothing."""
+    names, gate = [f"{block}shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")], "shared_expert_gate"
+    rows = tensors[f"{block}gate.weight"][:0]
+    expert = widen(
+        Expert(*map(tensors.get, names)) if names[0] in tensors else Expert(rows, rows, rows.T), width, None
+    )
+    made = dict(zip(names, expert[:3], strict=True))
+    if f"{block}{gate}.weight" not in tensors:
+        numbers = torch.finfo(expert.down.dtype)
+        faint = max(_FAINT, numbers.smallest_normal * numbers.eps)
+        made |= {names[2]: 2 * expert.down, f"{block}{gate}.weight": expert.gate.new_full((1, rows.shape[1]), faint)}
+    return made
+
+
+def notes_on_llama_cpp(target: Source) -> list[str]:
+    """What llama.cpp, whose classes have less than those of transformers and vLLM, makes of a model otherwise."""
+    config, kind = target.config, target.model_type
+    if kind not in _BACKBONES:
+        return []
+    divides, takes = kind in ("mixtral", "qwen3_moe"), config.num_experts_per_tok
+    found = {
+        "does not divide the weights of the chosen experts by their sum": not divides
+        and config.norm_topk_prob
+        and takes > 1,
+        "divides the weights of the chosen experts by their sum": divides
+        and not getattr(config, "norm_topk_prob", True),
+        "lets every layer see all tokens": any(_windows(config)),
+        "does not load dense layers": target.experts.dense_layers != (),
+        "does not load tied embeddings": kind in ("qwen2_moe", "olmoe") and config.tie_word_embeddings,
+        "does not load fewer heads of keys than of queries": kind == "olmoe"
+        and config.num_key_value_heads < config.num_attention_heads,
+    }
+    return [f"llama.cpp {text} in {kind}, so this model does not run there" for text, found in found.items() if found]

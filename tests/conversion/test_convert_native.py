@@ -1,0 +1,134 @@
+"""`mohge convert --mode export --to ARCH`: models that leave as a mixture that every engine has."""
+
+import json
+
+import pytest
+import torch
+from conversion_cases import IDS, LLAMA3, assert_refused, convert, load, logits, read_report
+from model_cases import MIXTURE, VARIANTS, assert_close, make_model
+from transformers import MixtralForCausalLM, OlmoeForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
+
+from mohge.conversion.modes import native
+
+
+NO_SHARED = {"shared_expert_intermediate_size": 0}
+TOP_K = {"router_type": "top_k"}
+LOGSUMEXP = {"group_score_function": "expert_logsumexp", "num_groups_per_tok": 3}
+
+
+def backbone(model_type, **fields):
+    heads = {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    return {"backbone_config": {"model_type": model_type, **heads, **fields}, "router_type": "top_k"}
+
+
+# fields of the model, options, class of the result, width of its experts
+CASES = {
+    "top_k of uneven groups, widths by layer, scaling": (
+        {**TOP_K, **NO_SHARED, "routed_scaling_factor": 2.5, **VARIANTS["wider_second_layer"]},
+        ["--to", "mixtral"],
+        (MixtralForCausalLM, 64),
+    ),
+    "logsumexp, removed experts, tied": (
+        {**LOGSUMEXP, **NO_SHARED, "moe_intermediate_sizes": [0, 24, 40], "tie_word_embeddings": True},
+        ["--to", "mixtral", "--multiple", "32"],
+        (MixtralForCausalLM, 64),
+    ),
+    "one group with a router that says nothing": (
+        {**VARIANTS["one_group"], **NO_SHARED},
+        ["--to", "mixtral"],
+        (MixtralForCausalLM, 16),
+    ),
+    "sliding window": (
+        {**backbone("mistral", sliding_window=4, head_dim=16), **NO_SHARED},
+        ["--to", "mixtral"],
+        (MixtralForCausalLM, 40),
+    ),
+    "shared expert, dense layer, weights as they are, scaled positions": (
+        {
+            **backbone("llama", rope_parameters=LLAMA3),
+            **{"mlp_only_layers": [0], "topk_weight_normalization": "none", "routed_scaling_factor": 3.0},
+        },
+        ["--to", "qwen2_moe", "--multiple", "32"],
+        (Qwen2MoeForCausalLM, 64),
+    ),
+    "no shared expert": (
+        {**TOP_K, **NO_SHARED, "topk_weight_normalization": "none"},
+        ["--to", "qwen2_moe"],
+        (Qwen2MoeForCausalLM, 40),
+    ),
+    "gated shared expert, biases, tied, mixed windows": (
+        {
+            **backbone("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1, num_hidden_layers=2),
+            **{"shared_expert_gate": True, "tie_word_embeddings": True},
+        },
+        ["--to", "qwen2_moe"],
+        (Qwen2MoeForCausalLM, 40),
+    ),
+    "norms of queries and keys, dense layer, biases": (
+        {**backbone("qwen3", head_dim=16, attention_bias=True), **NO_SHARED, "mlp_only_layers": [1]},
+        ["--to", "qwen3_moe"],
+        (Qwen3MoeForCausalLM, 40),
+    ),
+    "our router on a mixture": (
+        {**backbone("olmoe", clip_qkv=0.7, num_experts=4), **NO_SHARED, **LOGSUMEXP, "router_type": "two_level"},
+        ["--to", "olmoe"],
+        (OlmoeForCausalLM, 40),
+    ),
+    "a mixture's own router": (
+        VARIANTS["removed_experts_of_a_mixture"],
+        ["--to", "source", "--multiple", "16"],
+        (OlmoeForCausalLM, 48),
+    ),
+}
+
+
+def make_folder(fields, folder, dtype=torch.float32):
+    """Weights of all parts count: norms and biases are random, the ids of a mixture's experts in disorder."""
+    model = make_model(**fields).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.normal_(std=0.3)
+        for feed_forward in model.sparse_feed_forwards:
+            if model.config.keeps_router:
+                feed_forward.experts.expert_ids.copy_(torch.randperm(12))
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_leaves_as_a_mixture_that_engines_have(name, tmp_path):
+    fields, options, (model_class, width) = CASES[name]
+    source = load(make_folder(fields, tmp_path / "source"))
+    assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", *options) == 0
+    model, out = load(tmp_path / "out"), tmp_path / "out"
+    assert type(model) is model_class
+    assert {stack.shape[2] for key, stack in model.state_dict().items() if key.endswith("down_proj")} == {width}
+    assert_close(logits(model), logits(source))
+    assert torch.equal(model.generate(IDS, max_new_tokens=8), source.generate(IDS, max_new_tokens=8))
+    report, config = read_report(out), json.loads((out / "config.json").read_text())
+    assert report["exact"] is report["passed"] is True
+    assert report["parameters"]["after"]["total"] == model.num_parameters()
+    assert config["architectures"] == [model_class.__name__]
+    assert "auto_map" not in config
+    assert not list(out.glob("*.py"))
+
+
+def test_half_precision_stays_exact(tmp_path):
+    """The gate that is half open is not 0, and opens no further."""
+    for dtype in (torch.bfloat16, torch.float16):
+        out = tmp_path / f"out-{dtype}"
+        fields = {**TOP_K, "topk_weight_normalization": "none", "routed_scaling_factor": 2.0}
+        source = make_folder(fields, tmp_path / f"{dtype}", dtype)
+        assert convert(source, out, "--mode", "export", "--to", "qwen2_moe") == 0
+        model = load(out)
+        assert model.dtype == dtype
+        assert all(layer.mlp.shared_expert_gate.weight.all() for layer in model.model.layers)
+        assert_close(logits(model.float()), logits(load(source).float()))
+
+
+@pytest.mark.parametrize(("constant", "value"), [("_FAINT", 0.01)])
+def test_a_wrong_map_is_found(constant, value, tmp_path, monkeypatch):
+    make_folder(TOP_K, tmp_path / "source")
+    monkeypatch.setattr(native, constant, value)
+    assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", "--to", "qwen2_moe") == 1
