@@ -10,6 +10,7 @@ from mohge import MoHGEConfig
 
 from ..decoders import Decoder, Expert, LayerWeights, MoHGE, Source, make_decoder
 from .base import widen
+from .mixtures import is_flat
 
 
 _BACKBONES = {
@@ -23,14 +24,6 @@ _WIDTHS = ("moe_intermediate_size", "intermediate_size")
 """Fields that may hold the width of a mixture's experts; the first that a config has does."""
 _FAINT = 2.0**-40
 """Entries of a shared expert's gate that is always half open. Not 0: llama.cpp computes silu(x) / x of its output."""
-
-
-def is_flat(layer: MoHGEConfig) -> bool:
-    """Whether a layer's own router chooses the best experts of all by the softmax over all of them."""
-    if layer.router_type == "two_level":
-        keeps_all = layer.num_groups_per_tok == layer.num_groups
-        return keeps_all and (layer.group_score_function == "expert_logsumexp" or layer.num_groups == 1)
-    return layer.router_type == "top_k"
 
 
 def make_native(source: MoHGE, to: str, width: int, multiple: int) -> Source:
@@ -47,14 +40,16 @@ def make_native(source: MoHGE, to: str, width: int, multiple: int) -> Source:
         ValueError: if there is none, naming the field and what does.
     """
     own = source.config.backbone_config.model_type
+    named = [own] if source.config.keeps_router else list(_BACKBONES)
     to = own if to == "source" else to
+    if to not in named:
+        raise ValueError(f"`to` is {to}: this model can only become {' or '.join(named)}")
     try:
         return _make(source, to, width, multiple)
     except ValueError as error:
-        others = [own] if source.config.keeps_router else list(_BACKBONES)
-        fits = [other for other in others if other != to and _fits(source, other, width, multiple)]
-        remedy = f"use {' or '.join(fits)}" if fits else "`pad` instead keeps it a MoHGE model"
-        raise ValueError(f"mode export cannot make this a {to} model: {error}; {remedy}") from error
+        fits = [other for other in named if other != to and _fits(source, other, width, multiple)]
+        remedy = f"use {' or '.join(fits)}" if fits else "`pad` keeps it a MoHGE model"
+        raise ValueError(f"`to` {to} does not fit this model: {error}; {remedy}") from error
 
 
 def _fits(source: MoHGE, to: str, width: int, multiple: int) -> bool:
@@ -68,12 +63,8 @@ def _make(source: MoHGE, to: str, width: int, multiple: int) -> Source:
     config, backbone = source.config, source.config.backbone_config
     dtype = config.dtype or torch.float32
     if config.keeps_router:
-        if to != backbone.model_type:
-            raise ValueError(f"`router_type` source keeps the router of {backbone.model_type}")
         fields = backbone.to_dict()
         fields |= {next(name for name in _WIDTHS if fields.get(name) is not None): width}
-    elif to not in _BACKBONES:
-        raise ValueError(f"`to` is one of {', '.join(_BACKBONES)}, or source for a model that keeps its router")
     else:
         fields = _fields(source, to, width, multiple)
     fields |= {"model_type": to, "dtype": str(dtype).removeprefix("torch."), "architectures": None}
@@ -105,9 +96,9 @@ def _fields(source: MoHGE, to: str, width: int, multiple: int) -> dict:
         )
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[to])}
     normalisation, shared = config.topk_weight_normalization, config.shared_expert_intermediate_size
-    always = "norm_topk_prob" not in known
-    if normalisation == "softmax" or (always and normalisation != "sum"):
-        raise ValueError(f"`topk_weight_normalization` is {normalisation}{', not sum' if always else ''}")
+    able = ["sum", "none"] if "norm_topk_prob" in known else ["sum"]
+    if normalisation not in able:
+        raise ValueError(f"`topk_weight_normalization` is {normalisation}, not {' or '.join(able)}")
     if shared and "shared_expert_intermediate_size" not in known:
         raise ValueError(f"it has a shared expert, of `shared_expert_intermediate_size` {shared}")
     if config.mlp_only_layers and "mlp_only_layers" not in known:
@@ -118,7 +109,7 @@ def _fields(source: MoHGE, to: str, width: int, multiple: int) -> dict:
     if config.dtype not in (None, torch.float32) and math.frexp(factor)[0] != 0.5:
         raise ValueError(
             f"`routed_scaling_factor` {factor} goes into the down projections, and {config.dtype} cannot hold them "
-            "exactly: give the model in float32"
+            "exactly, as float32 can"
         )
     fields = {
         "num_experts": counts[0],
@@ -211,21 +202,20 @@ def _shared_expert(tensors: dict[str, torch.Tensor], block: str, width: int) -> 
 
 
 def notes_on_llama_cpp(target: Source) -> list[str]:
-    """What llama.cpp, whose classes have less than those of transformers and vLLM, makes of a model otherwise."""
+    """What keeps a model from running in llama.cpp, whose classes compute less than those of transformers and vLLM."""
     config, kind = target.config, target.model_type
     if kind not in _BACKBONES:
         return []
-    divides, takes = kind in ("mixtral", "qwen3_moe"), config.num_experts_per_tok
-    found = {
-        "does not divide the weights of the chosen experts by their sum": not divides
-        and config.norm_topk_prob
-        and takes > 1,
-        "divides the weights of the chosen experts by their sum": divides
-        and not getattr(config, "norm_topk_prob", True),
+    divides = getattr(config, "norm_topk_prob", True)
+    olmoe, few = kind == "olmoe", config.num_key_value_heads < config.num_attention_heads
+    reasons = {
+        "divides the weights of the chosen experts by their sum": kind == "qwen3_moe" and not divides,
+        "does not divide the weights of the chosen experts by their sum": kind in ("qwen2_moe", "olmoe") and divides,
         "lets every layer see all tokens": any(_windows(config)),
-        "does not load dense layers": target.experts.dense_layers != (),
-        "does not load tied embeddings": kind in ("qwen2_moe", "olmoe") and config.tie_word_embeddings,
-        "does not load fewer heads of keys than of queries": kind == "olmoe"
-        and config.num_key_value_heads < config.num_attention_heads,
+        "does not clip queries, keys and values": olmoe and config.clip_qkv is not None,
+        "has no dense layers": bool(target.experts.dense_layers),
+        "has no tied embeddings": kind in ("qwen2_moe", "olmoe") and config.tie_word_embeddings,
+        "has no bias on the output of attention": getattr(config, "attention_bias", False),
+        "has as many heads of keys as of queries": olmoe and few,
     }
-    return [f"llama.cpp {text} in {kind}, so this model does not run there" for text, found in found.items() if found]
+    return [f"not for llama.cpp, which {reason} in {kind}" for reason, applies in reasons.items() if applies]

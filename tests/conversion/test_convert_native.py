@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conversion_cases import IDS, LLAMA3, assert_refused, convert, load, logits, read_report
-from model_cases import MIXTURE, VARIANTS, assert_close, make_model
+from conversion_cases import IDS, LLAMA3, convert, load, logits, read_report
+from model_cases import VARIANTS, assert_close, make_model
 from transformers import MixtralForCausalLM, OlmoeForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
 
 from mohge.conversion.modes import native
