@@ -1,11 +1,12 @@
 """`mohge convert --mode export --to ARCH`: models that leave as a mixture that every engine has."""
 
 import json
+import re
 
 import pytest
 import torch
-from conversion_cases import IDS, LLAMA3, convert, load, logits, read_report
-from model_cases import VARIANTS, assert_close, make_model
+from conversion_cases import IDS, LLAMA3, assert_refused, convert, load, logits, read_report
+from model_cases import MIXTURE, VARIANTS, assert_close, make_model
 from transformers import MixtralForCausalLM, OlmoeForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
 
 from mohge.conversion.modes import native
@@ -127,8 +128,133 @@ def test_half_precision_stays_exact(tmp_path):
         assert_close(logits(model.float()), logits(load(source).float()))
 
 
-@pytest.mark.parametrize(("constant", "value"), [("_FAINT", 0.01)])
-def test_a_wrong_map_is_found(constant, value, tmp_path, monkeypatch):
+def test_a_wrong_map_is_found(tmp_path, monkeypatch):
     make_folder(TOP_K, tmp_path / "source")
-    monkeypatch.setattr(native, constant, value)
+    monkeypatch.setattr(native, "_FAINT", 1e-3)
     assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", "--to", "qwen2_moe") == 1
+
+
+ROUTED = {**TOP_K, **NO_SHARED}
+# fields of the model, options, what the refusal says
+REFUSED = {
+    "a group router": (NO_SHARED, ["--to", "mixtral"], "2 of 3 groups, scored by sigmoid.*`pad`"),
+    "groups that are dropped": (
+        {**NO_SHARED, **LOGSUMEXP, "num_groups_per_tok": 2},
+        ["--to", "mixtral"],
+        "2 of 3 groups, scored by expert_logsumexp",
+    ),
+    "a set of any size": ({**NO_SHARED, "router_type": "top_p"}, ["--to", "mixtral"], "top_p"),
+    "as many of each group": ({**NO_SHARED, "router_type": "grouped_top_k"}, ["--to", "mixtral"], "grouped_top_k"),
+    "softmax of the chosen": (
+        {**ROUTED, "topk_weight_normalization": "softmax"},
+        ["--to", "qwen2_moe"],
+        "`topk_weight_normalization` is softmax, not sum or none",
+    ),
+    "weights as they are": (
+        {**ROUTED, "topk_weight_normalization": "none"},
+        ["--to", "mixtral"],
+        "`topk_weight_normalization` is none, not sum; use qwen2_moe",
+    ),
+    "a shared expert": (TOP_K, ["--to", "mixtral"], "`shared_expert_intermediate_size` 16; use qwen2_moe"),
+    "dense layers": ({**ROUTED, "mlp_only_layers": [0]}, ["--to", "mixtral"], "`mlp_only_layers`.*use qwen2_moe"),
+    "another backbone": (ROUTED, ["--to", "qwen3_moe"], "`backbone_config` is a llama; use mixtral or qwen2_moe"),
+    "norms after": ({**ROUTED, **backbone("olmo2")}, ["--to", "olmoe"], "`backbone_config` is a olmo2; `pad`"),
+    "biases": ({**ROUTED, **backbone("llama", attention_bias=True)}, ["--to", "mixtral"], "k_proj.bias would be lost"),
+    "wider heads": (
+        {**ROUTED, **backbone("mistral", head_dim=16, sliding_window=None)},
+        ["--to", "qwen2_moe"],
+        "k_proj.weight would be .* use mixtral",
+    ),
+    "windows": ({**ROUTED, **VARIANTS["mixed_windows"]}, ["--to", "qwen3_moe"], r"`sliding_window`.*\[4, None\]"),
+    "windows that would be lost": (
+        {**ROUTED, **backbone("mistral", sliding_window=4)},
+        ["--to", "qwen2_moe"],
+        "`sliding_window`.*use mixtral",
+    ),
+    "another activation": ({**ROUTED, **backbone("llama", hidden_act="gelu")}, ["--to", "mixtral"], "is gelu"),
+    "what no engine has": (ROUTED, ["--to", "gpt"], "`to` is gpt.*mixtral or qwen2_moe or qwen3_moe or olmoe"),
+    "a source that is no mixture": (ROUTED, ["--to", "source"], "`to` is llama.*mixtral"),
+    "another router than its own": (MIXTURE, ["--to", "mixtral"], "can only become olmoe"),
+    "all experts removed": (VARIANTS["removed_experts_of_one_layer"], ["--to", "mixtral"], "experts of layer 1"),
+    "more experts in a layer": (
+        {**ROUTED, "per_layer_config": {1: {"num_experts_per_group": [2, 4, 7]}}},
+        ["--to", "mixtral"],
+        r"\[12, 13\] experts",
+    ),
+    "multiple of what": (ROUTED, ["--multiple", "32"], "`multiple`.*`pad` or `to`"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(name, tmp_path, capsys):
+    fields, options, expected = REFUSED[name]
+    make_folder(fields, tmp_path / "source")
+    arguments = [tmp_path / "source", tmp_path / "out", "--mode", "export", *options]
+    assert re.search(expected, assert_refused(arguments, tmp_path, capsys))
+
+
+def test_half_precision_has_no_room_for_a_factor(tmp_path, capsys):
+    make_folder({**ROUTED, "routed_scaling_factor": 2.5}, tmp_path / "source", torch.bfloat16)
+    arguments = [tmp_path / "source", tmp_path / "out", "--mode", "export", "--to", "mixtral"]
+    assert "`routed_scaling_factor` 2.5" in assert_refused(arguments, tmp_path, capsys)
+
+
+NOTES = {
+    "mixtral": (ROUTED, ["--to", "mixtral"], []),
+    "divided": (TOP_K, ["--to", "qwen2_moe"], ["does not divide the weights"]),
+    "tied": (
+        {**TOP_K, "topk_weight_normalization": "none", "tie_word_embeddings": True},
+        ["--to", "qwen2_moe"],
+        ["has no tied embeddings"],
+    ),
+    "dense": ({**ROUTED, **backbone("qwen3"), "mlp_only_layers": [0]}, ["--to", "qwen3_moe"], ["has no dense layers"]),
+    "not divided": (
+        {**ROUTED, **backbone("qwen3", attention_bias=True), "topk_weight_normalization": "none"},
+        ["--to", "qwen3_moe"],
+        ["divides the weights", "bias on the output"],
+    ),
+    "olmoe": (
+        {
+            **VARIANTS["mixture"],
+            "backbone_config": {**MIXTURE["backbone_config"], "num_key_value_heads": 2, "clip_qkv": 1.0},
+        },
+        ["--to", "olmoe"],
+        ["does not clip", "as many heads of keys"],
+    ),
+    "window": ({**ROUTED, **backbone("mistral", sliding_window=4)}, ["--to", "mixtral"], ["lets every layer see all"]),
+    "padded": (ROUTED, ["--pad"], []),
+    "padded, another activation": (
+        {**ROUTED, **VARIANTS["soft_capped"]},
+        ["--pad"],
+        ["vLLM's own experts compute SiLU"],
+    ),
+    "padded, biases": (
+        {
+            **backbone("gpt_oss", num_local_experts=12, num_experts_per_tok=3, head_dim=8),
+            **NO_SHARED,
+            "router_type": "source",
+        },
+        ["--pad"],
+        ["another activation", "no biases"],
+    ),
+    "padded, scaled input": (
+        {
+            **backbone("llama4_text", num_local_experts=12, num_experts_per_tok=1, head_dim=8, pad_token_id=None),
+            **{**NO_SHARED, "router_type": "source", "num_experts_per_tok": 1},
+        },
+        ["--pad"],
+        ["their input"],
+    ),
+}
+"""Fields of the model, options, what the plan notes, in this order."""
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_where_the_result_would_be_wrong_is_noted(name, tmp_path, capsys):
+    fields, options, expected = NOTES[name]
+    make_folder(fields, tmp_path / "source")
+    assert convert(tmp_path / "source", tmp_path / "out", "--mode", "export", *options, "--dry-run") == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE: ")]
+    assert len(notes) == len(expected)
+    for note, words in zip(notes, expected, strict=True):
+        assert words in note
