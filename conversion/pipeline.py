@@ -25,7 +25,7 @@ from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .calibration import Tokens, random_tokens, read_tokens
 from .decoders import Decoder, LayerWeights, MoHGE, Passed, targets_of
-from .modes import Converted, Layer
+from .modes import Layer
 from .plan import Plan
 from .receipt import LogitComparison, make_report
 from .saliency import Survey
@@ -193,7 +193,10 @@ class _Conversion:
         state = plan.tensors.layer(number)
         weights = plan.source.read_layer(number, state)
         statistics, tokens_before = self.observe(layer, state, weights)
-        converted = Converted(weights) if weights.expert is None else plan.mode.convert(layer, weights, statistics)
+        if weights.expert is None:
+            converted = plan.mode.convert_dense(layer, weights)
+        else:
+            converted = plan.mode.convert(layer, weights, statistics)
         tensors, squares = plan.target.write_layer(number, converted.weights), converted.squares
         del state, weights, statistics, converted
         prefix = f"{plan.target.prefix}{number}."

@@ -155,6 +155,10 @@ class Mode(ABC):
     def convert(self, layer: Layer, weights: LayerWeights, statistics: Any) -> Converted:
         """The layer of the result."""
 
+    def convert_dense(self, layer: Layer, weights: LayerWeights) -> Converted:
+        """The layer of the result, where there are no experts."""
+        return Converted(weights)
+
     def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors, by the names that transformers has for them, as they are written."""
         return tensors

@@ -118,11 +118,9 @@ class Export(Mode):
         ]
 
     def convert(self, layer: Layer, weights: LayerWeights, statistics: None) -> Converted:
-        width = self._width() if self.recipe.to is not None or self.recipe.pad else None
-        if self.recipe.to is not None:
-            weights = native_layer(self.source, self.target, layer.number, weights)
         tensors, ids = dict(weights.tensors), f"{layer.block}experts.expert_ids"
         here = tensors.pop(ids).tolist() if ids in tensors else None
+        width = self._width() if self.recipe.pad or self.recipe.to is not None else None
 
         def expert(number: int) -> Expert:
             found = weights.expert(number if here is None else here[number])
@@ -130,7 +128,12 @@ class Export(Mode):
 
         if isinstance(self.target, MoHGE) and here is not None:
             tensors[ids] = torch.arange(len(here))
-        return Converted(LayerWeights(tensors, expert))
+        return self.convert_dense(layer, LayerWeights(tensors, expert))
+
+    def convert_dense(self, layer: Layer, weights: LayerWeights) -> Converted:
+        if self.recipe.to is not None:
+            weights = native_layer(self.source, self.target, layer.number, weights)
+        return Converted(weights)
 
     def on_disk(self, tensors: dict) -> dict:
         """The tensors as the source's format, or serving engines, have them on the disk."""

@@ -9,11 +9,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from mohge import MoHGEConfig
 
 from ..decoders import Decoder, Expert, LayerWeights, MoHGE, Source, make_decoder
-from .base import widen
 from .mixtures import is_flat
 
 
-_BACKBONES = {
+BACKBONES = {
     "mixtral": ("mixtral", "llama", "mistral"),
     "qwen2_moe": ("qwen2_moe", "qwen2", "llama", "mistral", "mixtral"),
     "qwen3_moe": ("qwen3_moe", "qwen3"),
@@ -22,6 +21,8 @@ _BACKBONES = {
 """Architecture -> backbones that compute what it computes outside of the experts, where their tensors agree."""
 _WIDTHS = ("moe_intermediate_size", "intermediate_size")
 """Fields that may hold the width of a mixture's experts; the first that a config has does."""
+_SHARED = ".shared_expert"
+"""Part of the names of a shared expert's tensors, or of several."""
 _FAINT = 2.0**-40
 """Entries of a shared expert's gate that is always half open. Not 0: llama.cpp computes silu(x) / x of its output."""
 
@@ -40,7 +41,7 @@ def make_native(source: MoHGE, to: str, width: int, multiple: int) -> Source:
         ValueError: if there is none, naming the field and what does.
     """
     own = source.config.backbone_config.model_type
-    named = [own] if source.config.keeps_router else list(_BACKBONES)
+    named = [own] if source.config.keeps_router else list(BACKBONES)
     to = own if to == "source" else to
     if to not in named:
         raise ValueError(f"`to` is {to}: this model can only become {' or '.join(named)}")
@@ -64,7 +65,7 @@ def _make(source: MoHGE, to: str, width: int, multiple: int) -> Source:
     dtype = config.dtype or torch.float32
     if config.keeps_router:
         fields = backbone.to_dict()
-        fields |= {next(name for name in _WIDTHS if fields.get(name) is not None): width}
+        fields |= {next((name for name in _WIDTHS if fields.get(name) is not None), _WIDTHS[0]): width}
     else:
         fields = _fields(source, to, width, multiple)
     fields |= {"model_type": to, "dtype": str(dtype).removeprefix("torch."), "architectures": None}
@@ -76,7 +77,7 @@ def _make(source: MoHGE, to: str, width: int, multiple: int) -> Source:
 def _fields(source: MoHGE, to: str, width: int, multiple: int) -> dict:
     """The fields of the architecture's config for a model whose router is ours."""
     config, backbone = source.config, source.config.backbone_config
-    if backbone.model_type not in _BACKBONES[to]:
+    if backbone.model_type not in BACKBONES[to]:
         raise ValueError(f"its `backbone_config` is a {backbone.model_type}")
     layers = config.sparse_layers
     for layer in layers:
@@ -119,7 +120,7 @@ def _fields(source: MoHGE, to: str, width: int, multiple: int) -> dict:
         "shared_expert_intermediate_size": round_up(shared or 1, multiple),
         "mlp_only_layers": config.mlp_only_layers,
         "decoder_sparse_step": 1,
-        "qkv_bias": f"{source.prefix}0.self_attn.q_proj.bias" in source.tensors,
+        "qkv_bias": True,  # vLLM has them whatever this says, and what is not there would be left to chance
         "router_aux_loss_coef": config.router_aux_loss_coef,
         next(name for name in _WIDTHS if name in known): width,
     }
@@ -143,8 +144,11 @@ def _check_rest(source: MoHGE, target: Source, width: int):
         raise ValueError(f"it has no such layers of experts of width {width}")
     before, after = (_rest(decoder, source.config) for decoder in (source, target))
     for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            raise ValueError(f"{name} would be {after.get(name) or 'lost'}, and is {before.get(name) or 'missing'}")
+        old, new = before.get(name), after.get(name)
+        grows = _SHARED in name and "gate_up" not in name
+        fills = name.endswith(".bias") if old is None else new and grows and old <= new
+        if old != new and not fills:
+            raise ValueError(f"{name} would be {new or 'lost'}, and is {old or 'missing'}")
     windows = _windows(source.config.backbone_config)
     if windows != _windows(target.config):
         raise ValueError(f"`sliding_window` and `layer_types` let its layers see {windows} tokens")
@@ -168,43 +172,52 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def native_layer(source: MoHGE, target: Source, number: int, weights: LayerWeights) -> LayerWeights:
-    """The layer of the architecture, but for the width of its experts: the factor on their sum goes into their down
-    projections, and a shared expert gets a gate if it has none."""
-    config, block = source.config, target.block(number)
-    if config.keeps_router:
-        return weights
-    names = {name.removeprefix(f"{target.prefix}{number}.") for name in target.layer_names(number)}
-    tensors = {name: tensor for name, tensor in weights.tensors.items() if name in names}
-    if f"{block}shared_expert_gate.weight" in names:
-        tensors |= _shared_expert(weights.tensors, block, target.config.shared_expert_intermediate_size)
+    """
+    The layer of the architecture: the factor on the sum of its experts goes into their down projections, shared
+    experts are padded, and one without a gate gets one that is half open. Biases, or a shared expert, that it lacks
+    are 0.
+
+    Args:
+        source ([`MoHGE`]): The model.
+        target ([`Source`]): From `make_native`.
+        number (`int`): Number of the layer.
+        weights ([`LayerWeights`]): The layer, with the target's order and width of experts.
+    """
+    given, prefix, block = weights.tensors, f"{target.prefix}{number}.", target.block(number)
+    like, tensors = next(iter(given.values())), {}
+    for name in target.layer_names(number):
+        own_name, shape = name.removeprefix(prefix), target.tensors[name].shape
+        if not own_name.startswith(f"{block}experts."):
+            tensors[own_name] = _grown(given.get(own_name, like[:0]), shape)
+    gate, down = (f"{block}shared_expert{part}.weight" for part in ("_gate", ".down_proj"))
+    if gate in tensors.keys() - given.keys():
+        numbers = torch.finfo(like.dtype)
+        tensors[gate].fill_(max(_FAINT, numbers.smallest_normal * numbers.eps))
+        tensors[down] = 2 * tensors[down]
+    if weights.expert is None:
+        return LayerWeights(tensors, None)
 
     def expert(index: int) -> Expert:
         found = weights.expert(index)
-        return found._replace(down=found.down * config.routed_scaling_factor)
+        return found._replace(down=found.down * source.config.routed_scaling_factor)
 
     return LayerWeights(tensors, expert)
 
 
-def _shared_expert(tensors: dict[str, torch.Tensor], block: str, width: int) -> dict[str, torch.Tensor]:
-    """The shared expert and its sigmoid gate. Where there is no gate it is half open, and the output doubled; where
-    there is no shared expert, it adds nothing."""
-    names, gate = [f"{block}shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")], "shared_expert_gate"
-    rows = tensors[f"{block}gate.weight"][:0]
-    expert = widen(
-        Expert(*map(tensors.get, names)) if names[0] in tensors else Expert(rows, rows, rows.T), width, None
-    )
-    made = dict(zip(names, expert[:3], strict=True))
-    if f"{block}{gate}.weight" not in tensors:
-        numbers = torch.finfo(expert.down.dtype)
-        faint = max(_FAINT, numbers.smallest_normal * numbers.eps)
-        made |= {names[2]: 2 * expert.down, f"{block}{gate}.weight": expert.gate.new_full((1, rows.shape[1]), faint)}
-    return made
+def _grown(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The tensor with zeros behind it in each dimension."""
+    if tensor.shape == shape:
+        return tensor
+    grown = tensor.new_zeros(shape)
+    if tensor.numel():
+        grown[tuple(map(slice, tensor.shape))] = tensor
+    return grown
 
 
 def notes_on_llama_cpp(target: Source) -> list[str]:
     """What keeps a model from running in llama.cpp, whose classes compute less than those of transformers and vLLM."""
     config, kind = target.config, target.model_type
-    if kind not in _BACKBONES:
+    if kind not in BACKBONES:
         return []
     divides = getattr(config, "norm_topk_prob", True)
     olmoe, few = kind == "olmoe", config.num_key_value_heads < config.num_attention_heads

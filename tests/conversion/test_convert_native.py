@@ -7,7 +7,13 @@ import pytest
 import torch
 from conversion_cases import IDS, LLAMA3, assert_refused, convert, load, logits, read_report
 from model_cases import MIXTURE, VARIANTS, assert_close, make_model
-from transformers import MixtralForCausalLM, OlmoeForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM
+from transformers import (
+    DeepseekV2ForCausalLM,
+    MixtralForCausalLM,
+    OlmoeForCausalLM,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 from mohge.conversion.modes import native
 
@@ -75,6 +81,19 @@ CASES = {
         ["--to", "olmoe"],
         (OlmoeForCausalLM, 40),
     ),
+    "a mixture's own router, shared experts as wide as two": (
+        {
+            **VARIANTS["latent"],
+            **{"router_type": "source", "shared_expert_intermediate_size": 0},
+            "backbone_config": {
+                **VARIANTS["latent"]["backbone_config"],
+                **{"n_routed_experts": 12, "num_experts_per_tok": 3, "n_shared_experts": 2},
+                **{"moe_intermediate_size": 40, "first_k_dense_replace": 1},
+            },
+        },
+        ["--to", "deepseek_v2", "--multiple", "16"],
+        (DeepseekV2ForCausalLM, 48),
+    ),
     "a mixture's own router": (
         VARIANTS["removed_experts_of_a_mixture"],
         ["--to", "source", "--multiple", "16"],
@@ -105,6 +124,8 @@ def test_it_leaves_as_a_mixture_that_engines_have(name, tmp_path):
     model, out = load(tmp_path / "out"), tmp_path / "out"
     assert type(model) is model_class
     assert {stack.shape[2] for key, stack in model.state_dict().items() if key.endswith("down_proj")} == {width}
+    if model_class is Qwen2MoeForCausalLM:  # vLLM's has them always, and does not say so where they are missing
+        assert "model.layers.0.self_attn.q_proj.bias" in model.state_dict()
     assert_close(logits(model), logits(source))
     assert torch.equal(model.generate(IDS, max_new_tokens=8), source.generate(IDS, max_new_tokens=8))
     report, config = read_report(out), json.loads((out / "config.json").read_text())
@@ -126,6 +147,14 @@ def test_half_precision_stays_exact(tmp_path):
         assert model.dtype == dtype
         assert all(layer.mlp.shared_expert_gate.weight.all() for layer in model.model.layers)
         assert_close(logits(model.float()), logits(load(source).float()))
+
+
+def test_padding_to_a_multiple(tmp_path):
+    source = make_folder(VARIANTS["top_p"], tmp_path / "source")
+    assert convert(source, tmp_path / "out", "--mode", "export", "--pad", "--multiple", "48") == 0
+    model = load(tmp_path / "out")
+    assert model.config.moe_intermediate_size == 48
+    assert_close(logits(model), logits(load(source)))
 
 
 def test_a_wrong_map_is_found(tmp_path, monkeypatch):
