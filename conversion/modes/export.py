@@ -10,7 +10,7 @@ from mohge.llama4_mohge import scale_input
 from ..decoders import Expert, LayerWeights, MoHGE, Source, make_decoder
 from .base import Converted, Layer, Mode, widen
 from .mixtures import routing_fields
-from .native import make_native, native_layer, notes_on_llama_cpp, round_up
+from .native import make_native, native_layer, notes_on_engines, round_up
 
 
 _FREE = {"dtype", "use_cache", "attention_dropout", "initializer_range", "architectures", "transformers_version"}
@@ -35,7 +35,7 @@ class Export(Mode):
     @property
     def notes(self) -> list[str]:
         if self.recipe.to is not None:
-            return notes_on_llama_cpp(self.target)
+            return notes_on_engines(self.target)
         return self._notes_on_vllm() if self.recipe.pad else []
 
     def make_target(self) -> Source | MoHGE:

@@ -214,21 +214,24 @@ def _grown(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return grown
 
 
-def notes_on_llama_cpp(target: Source) -> list[str]:
-    """What keeps a model from running in llama.cpp, whose classes compute less than those of transformers and vLLM."""
+def notes_on_engines(target: Source) -> list[str]:
+    """What keeps a model from running in engines whose classes compute less than those of transformers."""
     config, kind = target.config, target.model_type
     if kind not in BACKBONES:
         return []
-    divides = getattr(config, "norm_topk_prob", True)
-    olmoe, few = kind == "olmoe", config.num_key_value_heads < config.num_attention_heads
+    llama_cpp, both = "llama.cpp, which", "vLLM or llama.cpp, which"
+    divides, olmoe = getattr(config, "norm_topk_prob", True), kind == "olmoe"
+    few_heads = config.num_key_value_heads < config.num_attention_heads
     reasons = {
-        "divides the weights of the chosen experts by their sum": kind == "qwen3_moe" and not divides,
-        "does not divide the weights of the chosen experts by their sum": kind in ("qwen2_moe", "olmoe") and divides,
-        "lets every layer see all tokens": any(_windows(config)),
-        "does not clip queries, keys and values": olmoe and config.clip_qkv is not None,
-        "has no dense layers": bool(target.experts.dense_layers),
-        "has no tied embeddings": kind in ("qwen2_moe", "olmoe") and config.tie_word_embeddings,
-        "has no bias on the output of attention": getattr(config, "attention_bias", False),
-        "has as many heads of keys as of queries": olmoe and few,
+        f"{llama_cpp} divides the weights of the chosen experts by their sum": kind == "qwen3_moe" and not divides,
+        f"{llama_cpp} does not divide the weights of the chosen experts by their sum": divides
+        and kind in ("qwen2_moe", "olmoe"),
+        f"{llama_cpp} lets every layer see all tokens": any(_windows(config)),
+        f"{llama_cpp} has no dense layers": bool(target.experts.dense_layers),
+        f"{both if olmoe else llama_cpp} has no tied embeddings": config.tie_word_embeddings
+        and kind in ("qwen2_moe", "olmoe"),
+        f"{llama_cpp} has as many heads of keys as of queries": olmoe and few_heads,
+        f"{both} does not clip queries, keys and values": olmoe and config.clip_qkv is not None,
+        f"{both} has no bias on the output of attention": getattr(config, "attention_bias", False),
     }
-    return [f"not for llama.cpp, which {reason} in {kind}" for reason, applies in reasons.items() if applies]
+    return [f"not for {reason} in {kind}" for reason, applies in reasons.items() if applies]
