@@ -167,7 +167,7 @@ def summary(report: dict) -> str:
             *rows,
             "",
             *(f"{name:<{width}}  {value}" for name, value in facts.items()),
-            *(f"NOTE: {note}" for note in report["notes"]),
+            *(f"NOTE: {note}" for note in report.get("notes", ())),  # once there were none
             *(f"CHECK FAILED: {failure}" for failure in report["failures"]),
         ]
     )

@@ -86,7 +86,8 @@ class Mode(ABC):
             self.target = self.make_target()
         except ValueError as error:
             message = str(error)
-            for option, field in _FIELDS.items():  # the message should name what the user gave
+            for option in self.options & _FIELDS.keys():  # the message should name what the user gave
+                field = _FIELDS[option]
                 message = message.replace(f"`{field}`", f"`{option}`").replace(f"{field}=", f"{option}=")
             raise ValueError(message) from error
         if self.needs_calibration and recipe.calibration is None:
