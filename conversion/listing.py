@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from .decoders import Source, Unconvertible
 from .modes import MODES
 from .modes.mixtures import FLAT_ROUTERS
+from .modes.native import BACKBONES
 
 
 _LAYERS = 4
@@ -14,7 +15,8 @@ _LAYERS = 4
 
 
 def list_decoders() -> Iterator[str]:
-    """A line for each text decoder of transformers: its kind, modes and routers, or the reason against it."""
+    """A line for each text decoder of transformers: its kind, modes and routers, and what a model with it as backbone
+    leaves as; or the reason against it."""
     types = sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING} - {"mohge"})
     width = max(map(len, types))
     for model_type in types:
@@ -30,9 +32,9 @@ def _describe(model_type: str) -> str:
         return f"unknown: its default config makes no model ({' '.join(str(error).split())[:120]})"
     kind = "dense" if source.experts is None else "mixture"
     modes = ", ".join(sorted(name for name, mode in MODES.items() if kind in mode.takes))
-    if kind == "dense":
-        return f"dense    {modes}"
-    return f"mixture  {modes}; router: source{', two_level' if model_type in FLAT_ROUTERS else ''}"
+    routers = "" if kind == "dense" else f"; router: source{', two_level' if model_type in FLAT_ROUTERS else ''}"
+    leaves = ", ".join(to for to, backbones in BACKBONES.items() if model_type in backbones)
+    return f"{kind:<7}  {modes}{routers}{f'; export --to {leaves}' if leaves else ''}"
 
 
 def _source(model_type: str) -> Source:

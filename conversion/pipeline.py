@@ -26,7 +26,7 @@ from mohge.modeling_mohge import AUTO_MAP, save_code
 
 from .calibration import Tokens, random_tokens, read_tokens
 from .decoders import Decoder, LayerWeights, MoHGE, Passed, targets_of
-from .modes import Converted, Layer
+from .modes import Layer
 from .plan import Plan
 from .receipt import LogitComparison, make_report
 from .saliency import Survey
@@ -197,7 +197,10 @@ class _Conversion:
         state = plan.tensors.layer(number)
         weights = plan.source.read_layer(number, state)
         statistics, tokens_before = self.observe(layer, state, weights)
-        converted = Converted(weights) if weights.expert is None else plan.mode.convert(layer, weights, statistics)
+        if weights.expert is None:
+            converted = plan.mode.convert_dense(layer, weights)
+        else:
+            converted = plan.mode.convert(layer, weights, statistics)
         tensors, squares = plan.target.write_layer(number, converted.weights), converted.squares
         del state, weights, statistics, converted
         prefix = f"{plan.target.prefix}{number}."
@@ -310,6 +313,10 @@ class _Conversion:
 
     def _write_config(self, folder: Path):
         plan, config = self.plan, self.plan.target.config
+        if plan.recipe.to is not None:
+            config.architectures = [type(plan.target.model).__name__]
+            config.save_pretrained(folder)
+            return
         if not isinstance(plan.target, MoHGE):
             fields = {name: value for name, value in plan.source.config.source_config.items() if name != "auto_map"}
             if config.dtype != self.plan.checkpoint.dtype:  # it has been trained in another one since

@@ -59,7 +59,8 @@ class Plan:
             lines[name] = ", ".join(f"{count} of width {width}" for count, width in groups)
         if self.tokenizer is not None:
             lines["tokenizer"] = describe(about(self.tokenizer, config.vocab_size))
-        return "\n".join(f"{name:<22}  {value}" for name, value in lines.items())
+        notes = [f"NOTE: {note}" for note in mode.notes]
+        return "\n".join([*(f"{name:<22}  {value}" for name, value in lines.items()), *notes])
 
 
 def make_plan(recipe: Recipe) -> Plan:

@@ -81,6 +81,7 @@ def make_report(
         "mode": mode.name,
         "exact": mode.exact,
         "reason": mode.reason,
+        "notes": mode.notes,
         "source": {"path": recipe.source, "revision": plan.revision, "model_type": plan.source.model_type},
         "parameters": {
             "before": parameters(plan.source.equivalent, "tokens_per_expert_before"),
@@ -166,6 +167,7 @@ def summary(report: dict) -> str:
             *rows,
             "",
             *(f"{name:<{width}}  {value}" for name, value in facts.items()),
+            *(f"NOTE: {note}" for note in report.get("notes", ())),  # once there were none
             *(f"CHECK FAILED: {failure}" for failure in report["failures"]),
         ]
     )

@@ -55,7 +55,10 @@ class Recipe:
     saliency: Saliency | None = _option(
         None, "what tells which neurons matter: gradient (default), contribution, or magnitude, without data"
     )
-    multiple: int | None = _option(None, "what the widths that `keep` leads to are multiples of (default: 64)")
+    multiple: int | None = _option(
+        None,
+        "what widths are multiples of: those that `keep` leads to (trim, default: 64), or the padded one (export)",
+    )
     groups: int | None = _option(None, "most different widths in a layer that `keep` leads to (default: 3)")
     keep_active: float | int | None = _option(
         None,
@@ -63,6 +66,11 @@ class Recipe:
     )
     reinit: float | int | None = _option(None, "fraction of each expert's neurons to draw anew (copy)")
     pad: bool | None = _option(None, "pad every expert to the largest width (export)")
+    to: str | None = _option(
+        None,
+        "architecture that engines have, to pad to: mixtral, qwen2_moe, qwen3_moe, olmoe, or source, that of the "
+        "mixture whose router the model keeps (export)",
+    )
     calibration: str | None = _option(None, "text: a Hub id, a folder, or a txt, jsonl, json, csv or parquet file")
     calibration_config: str | None = _option(None, "configuration of the data set, where it has several")
     calibration_split: str | None = _option(None, "split of the data set", "train")

@@ -86,7 +86,8 @@ class Mode(ABC):
             self.target = self.make_target()
         except ValueError as error:
             message = str(error)
-            for option, field in _FIELDS.items():  # the message should name what the user gave
+            for option in self.options & _FIELDS.keys():  # the message should name what the user gave
+                field = _FIELDS[option]
                 message = message.replace(f"`{field}`", f"`{option}`").replace(f"{field}=", f"{option}=")
             raise ValueError(message) from error
         if self.needs_calibration and recipe.calibration is None:
@@ -101,6 +102,11 @@ class Mode(ABC):
     @abstractmethod
     def reason(self) -> str:
         """Why it is exact or not."""
+
+    @property
+    def notes(self) -> list[str]:
+        """Where the result would be wrong that the receipt cannot try."""
+        return []
 
     @property
     def needs_calibration(self) -> bool:
@@ -154,6 +160,10 @@ class Mode(ABC):
     @abstractmethod
     def convert(self, layer: Layer, weights: LayerWeights, statistics: Any) -> Converted:
         """The layer of the result."""
+
+    def convert_dense(self, layer: Layer, weights: LayerWeights) -> Converted:
+        """The layer of the result, where there are no experts."""
+        return Converted(weights)
 
     def on_disk(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors, by the names that transformers has for them, as they are written."""

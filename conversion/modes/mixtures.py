@@ -2,6 +2,8 @@
 
 import torch
 
+from mohge import MoHGEConfig
+
 from ..decoders import LayerWeights, MoHGE, Source
 from .base import Converted, Layer, Mode
 
@@ -14,6 +16,14 @@ FLAT_ROUTERS = {
 }
 """Mixtures whose router is a softmax over all experts and its K largest values -> whether these are divided by their
 sum. Our own router can take its place."""
+
+
+def is_flat(layer: MoHGEConfig) -> bool:
+    """Whether a layer's own router chooses the best experts of all by the softmax over all of them."""
+    if layer.router_type == "two_level":
+        keeps_all = layer.num_groups_per_tok == layer.num_groups
+        return keeps_all and (layer.group_score_function == "expert_logsumexp" or layer.num_groups == 1)
+    return layer.router_type == "top_k"
 
 
 def routing_fields(source: Source, router: str | None, groups: int) -> dict:

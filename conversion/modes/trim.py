@@ -13,7 +13,7 @@ from ..decoders import Expert, LayerWeights, MoHGE
 from ..recipe import Recipe
 from ..statistics import ExpertStatistics, LayerSaliency, observe_experts, refit
 from .base import Converted, Layer, Mode, Run, slice_neurons, widen
-from .mixtures import routing_fields
+from .mixtures import is_flat, routing_fields
 
 
 _DEFAULTS = {"saliency": "gradient", "budget": "memory", "multiple": 64, "groups": 3}
@@ -136,9 +136,7 @@ class Trim(Mode):
         """The experts that must share a width."""
         if isinstance(self.source, MoHGE):
             config = self.source.config.per_layer_config[number]
-            keeps_all = config.num_groups_per_tok == config.num_groups
-            flat = config.group_score_function == "expert_logsumexp" and keeps_all
-            if config.router_type == "grouped_top_k" or (config.router_type == "two_level" and not flat):
+            if config.router_type in ("two_level", "grouped_top_k") and not is_flat(config):
                 groups = np.array(config.expert_groups)
                 return [np.flatnonzero(groups == group).tolist() for group in range(config.num_groups)]
         return [[expert] for expert in range(len(self.source.expert_widths(number)))]

@@ -134,8 +134,8 @@ def test_list_has_a_line_for_every_decoder(monkeypatch, capsys):
     assert lines.pop("gpt2").startswith("no: GPT2MLP has")
     assert lines.pop("dbrx").startswith("unknown: its default config makes no model")
     assert lines == {
-        "llama": "dense    copy, residual, shards, split",
-        "olmoe": "mixture  regroup, trim; router: source, two_level",
+        "llama": "dense    copy, residual, shards, split; export --to mixtral, qwen2_moe",
+        "olmoe": "mixture  regroup, trim; router: source, two_level; export --to olmoe",
         "deepseek_v3": "mixture  regroup, trim; router: source",
     }
 
