@@ -46,6 +46,9 @@ def plugin(monkeypatch) -> type:
     """The model class that the plugin registers with vLLM, of which there is as much as it needs."""
 
     class TransformersForCausalLM(nn.Module):
+        def recursive_replace(self):
+            pass
+
         def load_weights(self, weights):
             return dict(weights)
 
@@ -82,6 +85,47 @@ def test_plugin_takes_padded_exports_and_others(fields, plugin, tmp_path):
     lost = next(key for key in on_disk if key.endswith("experts.3.up_proj.weight"))
     with pytest.raises(ValueError, match=r"lacks experts of model\.layers\.\d\.mlp\.experts"):
         engine.load_weights((key, value) for key, value in on_disk.items() if key != lost)
+
+
+SHARED = {
+    "two_level": {},
+    "odd_widths": {"moe_intermediate_sizes": [5, 7, 9]},
+    "mixture": MIXTURE,
+    "biases": MIXTURE
+    | {
+        "backbone_config": MIXTURE["backbone_config"] | {"model_type": "gpt_oss", "num_local_experts": 12},
+    },
+}
+
+
+@pytest.mark.parametrize("fields", SHARED.values(), ids=SHARED)
+def test_ranks_share_each_expert(fields, plugin):
+    """The outputs of what each of two ranks holds of a layer's experts add up to those of the layer."""
+    whole = make_model(**fields)
+    layers = [block.experts for block in whole.sparse_feed_forwards]
+    hidden_states = torch.randn(5, whole.config.hidden_size)
+    index, weights = torch.arange(15).view(5, 3) % whole.config.num_experts, torch.rand(5, 3)
+    outputs, sizes = [], []
+    for rank in range(2):
+        engine = plugin()
+        model = make_model(**fields)
+        engine.model, engine.config, engine.model_config = model.model, model.config, SimpleNamespace(dtype=None)
+        engine.device_config = SimpleNamespace(device="cpu")
+        engine.tp_group = SimpleNamespace(world_size=2, rank_in_group=rank, all_reduce=lambda output: output * 1)
+        engine.recursive_replace()
+        for experts, full in zip([block.experts for block in model.sparse_feed_forwards], layers, strict=True):
+            for name, stack in experts.named_parameters():
+                stack.weight_loader(stack, full.get_parameter(name))
+            with torch.no_grad():
+                outputs.append(experts(hidden_states, index, weights))
+            sizes.append(sum(map(torch.numel, experts.parameters())))
+    with torch.no_grad():
+        expected = torch.stack([experts(hidden_states, index, weights) for experts in layers])
+    assert_close(torch.stack(outputs).unflatten(0, (2, -1)).sum(0), expected)
+    assert max(sizes) < 0.65 * sum(map(torch.numel, layers[0].parameters()))
+    engine.tp_group.world_size = 8
+    with pytest.raises(ValueError, match="do not fit 8 ranks"):
+        engine.recursive_replace()
 
 
 ENGINE = {
