@@ -18,8 +18,6 @@ if TYPE_CHECKING:  # seconds to import, which `mohge --help` should not wait
 
 TOLERANCE = 1e-3
 """Between log-probabilities in float32, which engines add up in another order."""
-NO_ENGINE = 3
-"""Exit status of the engine's script where the engine is not installed."""
 _LENGTH = 64
 """Tokens of a prompt with its continuation, where the model's context is not shorter."""
 _PROMPT_LENGTHS = (5, 9, 17, 30)
@@ -56,13 +54,13 @@ def run(options: argparse.Namespace) -> int:
     if options.engine_python is None:
         raise ValueError("--engine-python is missing: name the Python that has vllm, or set VLLM_PYTHON")
     requests = [_request(folder, options.prompts) for folder in options.folders]
-    version, results = _ask(options.engine_python, requests)
-    engine = f"{options.engine} {version}"
+    results = _ask(options.engine_python, requests)
+    engine = f"{options.engine} {results[0]['version']}"
     print(f"{engine} and mohge, float32, {options.prompts} prompts\n")
     print(f"{'tokens':>7} {'same':>7} {'ties':>5} {'largest difference':>19}  folder")
     failures, ties = [], 0
     for request, result in zip(requests, results, strict=True):
-        folder = request["folder"]
+        folder = request["engine"]["model"]
         if "error" in result:
             failures.append(f"{folder}: {engine} failed: {' '.join(result['error'].split())}")
             continue
@@ -136,27 +134,29 @@ def _request(folder: str, count: int) -> dict[str, Any]:
     half, ids = min(_LENGTH, config.max_position_embeddings) // 2, itertools.cycle(ids)
     lengths = itertools.islice(itertools.cycle(_PROMPT_LENGTHS), count)
     prompts = [list(itertools.islice(ids, min(length, half))) for length in lengths]
-    return {"folder": folder, "prompts": prompts, "new_tokens": half}
+    engine = {"model": folder, "dtype": "float32", "enforce_eager": True, "max_model_len": 2 * half}
+    return {"engine": engine, "prompts": prompts, "new_tokens": half, "logprobs": 5}
 
 
-def _ask(python: str, requests: list[dict]) -> tuple[str, list[dict]]:
-    """The engine's version, and its answers."""
-    import mohge_engines
+def _ask(python: str, requests: list[dict]) -> list[dict]:
+    """The engine's answers."""
     from mohge.training.loop.failure import RunFailed
+    from mohge_engines import vllm_generate
 
-    command = [python, "-I", str(Path(mohge_engines.__file__).with_name("vllm_generate.py"))]
+    lines = "".join(f"{json.dumps(request)}\n" for request in requests)
     try:
-        done = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True)
+        done = subprocess.run([python, "-I", vllm_generate.__file__], input=lines, capture_output=True, text=True)
     except OSError as error:
         raise ValueError(f"--engine-python {python} cannot be run ({error}): name a Python that has vllm") from error
-    if done.returncode == NO_ENGINE:
+    if done.returncode == vllm_generate.NO_ENGINE:
         raise ValueError(f"--engine-python {python} has no vllm: name a Python that has it")
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-        return answer["version"], answer["results"]
-    except (IndexError, KeyError, TypeError, ValueError):
+    mark = vllm_generate.ANSWER
+    answers = [json.loads(line[len(mark) :]) for line in done.stdout.splitlines() if line.startswith(mark)]
+    if len(answers) < len(requests):
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing on standard error"]
-        raise RunFailed(f"vllm ended with exit status {done.returncode} and no answer: {said[-1]}") from None
+        folder = requests[len(answers)]["engine"]["model"]
+        raise RunFailed(f"vllm ended at {folder} with exit status {done.returncode}: {said[-1]}")
+    return answers
 
 
 def _steps(model: "MoHGEForCausalLM", request: dict, result: dict) -> Iterator[_Step]:

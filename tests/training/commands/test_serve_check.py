@@ -16,7 +16,7 @@ from mohge.commands.main import main
 ENGINE = """#!{python}
 import json, sys
 
-json.dump(json.load(sys.stdin), open({asked!r}, "w"))
+open({asked!r}, "w").write(sys.stdin.read())
 print("some words of the engine")
 if {status}:
     sys.exit({status})
@@ -31,7 +31,7 @@ class Stand:
         self.model, self.folder, self.python, self.asked = model, place / "model", place / "python", place / "asked"
         model.save_pretrained(self.folder)
         self.check("", prompts=2)
-        self.requests = json.loads(self.asked.read_text())
+        (self.request,) = map(json.loads, self.asked.read_text().splitlines())
 
     def check(self, printed: str, status: int | str = 0, prompts: int = 2) -> int:
         fields = {"python": sys.executable, "asked": str(self.asked), "status": repr(status), "printed": printed}
@@ -41,15 +41,15 @@ class Stand:
         return main(["serve-check", str(self.folder), *options])
 
     def answer(self, result: dict) -> int:
-        return self.check(json.dumps({"version": "1.2", "results": [result]}))
+        return self.check(f"mohge: {json.dumps({'version': '1.2', **result})}")
 
     @torch.no_grad()
     def generate(self, choice=int) -> dict:
         """The right answer, or one in which `choice` of the likeliest token is taken."""
         result = {"tokens": [], "logprobs": []}
-        for prompt in self.requests[0]["prompts"]:
+        for prompt in self.request["prompts"]:
             ids, logprobs = list(prompt), []
-            for _ in range(self.requests[0]["new_tokens"]):
+            for _ in range(self.request["new_tokens"]):
                 row = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
                 ids.append(choice(int(row.argmax())))
                 logprobs.append({str(i): row[i].item() for i in row.topk(5).indices.tolist()})
@@ -74,9 +74,8 @@ def test_engine_that_agrees(stand, right, capsys):
     assert "vllm 1.2" in printed
     assert f"     64      64     0 {'':<11}" in printed
     assert "ties:" not in printed
-    (request,) = stand.requests
-    assert request["folder"] == str(stand.folder)
-    assert [len(prompt) for prompt in request["prompts"]] == [5, 9]
+    assert stand.request["engine"]["model"] == str(stand.folder)
+    assert [len(prompt) for prompt in stand.request["prompts"]] == [5, 9]
 
 
 def test_first_difference_is_one_line(stand, right, capsys):
@@ -120,13 +119,10 @@ def test_ties_are_no_difference(tmp_path, capsys):
 def test_engine_that_fails(stand, capsys):
     assert stand.answer({"error": "ValueError: no such\n layer"}) == 1
     assert f"CHECK FAILED: {stand.folder}: vllm 1.2 failed: ValueError: no such layer" in capsys.readouterr().out
-    for printed, status, says in (
-        ("", "Boom: out of luck", "exit status 1 and no answer: Boom: out of luck"),
-        ("no json", 0, "exit status 0 and no answer: nothing on standard error"),
-    ):
-        assert stand.check(printed, status) == 1
-        (line,) = capsys.readouterr().err.splitlines()[-1:]
-        assert line == f"mohge serve-check: vllm ended with {says}"
+    for status, says in ((0, "0: nothing on standard error"), ("Boom: out of luck", "1: Boom: out of luck")):
+        assert stand.check("", status) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line == f"mohge serve-check: vllm ended at {stand.folder} with exit status {says}"
 
 
 def test_usage(stand, tmp_path, monkeypatch, capsys):
