@@ -21,7 +21,7 @@ import torch
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.main import main as mohge
 from mohge.info import parameter_counts
-from mohge_engines import vllm_generate
+from mohge_engines import generate
 
 
 VOCABULARY = 8192
@@ -41,7 +41,7 @@ class Contestant:
             "gpu_memory_utilization": 0.4,  # there are two
         }
         self.process = subprocess.Popen(
-            [python, "-I", vllm_generate.__file__],
+            [python, "-I", generate.__file__, "vllm"],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -54,8 +54,8 @@ class Contestant:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
-            if line.startswith(vllm_generate.ANSWER):
-                answer = json.loads(line[len(vllm_generate.ANSWER) :])
+            if line.startswith(generate.ANSWER):
+                answer = json.loads(line[len(generate.ANSWER) :])
                 if "error" in answer:
                     raise SystemExit(f"{self.engine['model']}: {answer['error']}")
                 return answer
@@ -129,8 +129,8 @@ def _compare(contestants: dict[str, Contestant], options: argparse.Namespace) ->
     print("check: the same 256 tokens, float32\n")
     print(f"{_machine()}, vLLM {check[0]['version']}, {options.dtype}, {'eager' if options.eager else 'compiled'}")
     for name, contestant in contestants.items():
-        memory = contestant.generate(_prompts(1, 32, -1), 1)["memory"]
-        print(f"{name}: parameters {memory['parameters']:,} bytes, process {memory['resident'] / 2**20:,.0f} MiB")
+        found = contestant.generate(_prompts(1, 32, -1), 1)
+        print(f"{name}: parameters {found['parameters']:,} bytes, process {found['process'] / 2**20:,.0f} MiB")
     print(f"\n{'tokens/s, median (quartiles)':<22}{'as it is':>26}{'padded':>26}{'ratio':>8}")
     for name, (count, length, new_tokens) in WORK.items():
         speeds = {contestant: [] for contestant in contestants}

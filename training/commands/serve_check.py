@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # seconds to import, which `mohge --help` should not wait
 
 TOLERANCE = 1e-3
 """Between log-probabilities in float32, which engines add up in another order."""
+_PYTHON = {"vllm": "VLLM_PYTHON", "llama.cpp": "LLAMA_CPP_PYTHON"}
+"""Engines, and what names the Python that has each."""
 _LENGTH = 64
 """Tokens of a prompt with its continuation, where the model's context is not shorter."""
 _PROMPT_LENGTHS = (5, 9, 17, 30)
@@ -26,13 +28,14 @@ _PROMPT_LENGTHS = (5, 9, 17, 30)
 def add_arguments(parser: argparse.ArgumentParser):
     """Add the arguments of the command."""
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a saved model, as it is or padded")
-    parser.add_argument("--engine", choices=["vllm"], default="vllm", help="default: %(default)s")
+    parser.add_argument("--engine", choices=_PYTHON, default="vllm", help="default: %(default)s")
     parser.add_argument(
         "--engine-python",
-        default=os.environ.get("VLLM_PYTHON"),
         metavar="PYTHON",
-        help="the Python that has the engine, with this package's plugin (default: $VLLM_PYTHON)",
+        help="the Python that has vllm, with this package's plugin, or llama_cpp (default: $VLLM_PYTHON or "
+        "$LLAMA_CPP_PYTHON)",
     )
+    parser.add_argument("--gguf", metavar="FILE", help="for llama.cpp, the file in float32 that was made of FOLDER")
     parser.add_argument("--prompts", type=int, default=4, metavar="N", help="number of prompts (default: %(default)s)")
 
 
@@ -51,16 +54,19 @@ def run(options: argparse.Namespace) -> int:
 
     if options.prompts < 1:
         raise ValueError(f"--prompts is {options.prompts}: give a positive number")
-    if options.engine_python is None:
-        raise ValueError("--engine-python is missing: name the Python that has vllm, or set VLLM_PYTHON")
-    requests = [_request(folder, options.prompts) for folder in options.folders]
-    results = _ask(options.engine_python, requests)
+    python = options.engine_python or os.environ.get(_PYTHON[options.engine])
+    if python is None:
+        raise ValueError(
+            f"--engine-python is missing: name the Python that has {options.engine}, or set {_PYTHON[options.engine]}"
+        )
+    _check_gguf(options)
+    requests = [_request(folder, options) for folder in options.folders]
+    results = _ask(python, options.engine, requests)
     engine = f"{options.engine} {results[0]['version']}"
     print(f"{engine} and mohge, float32, {options.prompts} prompts\n")
     print(f"{'tokens':>7} {'same':>7} {'ties':>5} {'largest difference':>19}  folder")
     failures, ties = [], 0
-    for request, result in zip(requests, results, strict=True):
-        folder = request["engine"]["model"]
+    for folder, request, result in zip(options.folders, requests, results, strict=True):
         if "error" in result:
             failures.append(f"{folder}: {engine} failed: {' '.join(result['error'].split())}")
             continue
@@ -115,7 +121,19 @@ class _Step(NamedTuple):
         )
 
 
-def _request(folder: str, count: int) -> dict[str, Any]:
+def _check_gguf(options: argparse.Namespace):
+    if options.engine == "vllm":
+        if options.gguf is not None:
+            raise ValueError("--gguf is for --engine llama.cpp: leave it out")
+    elif options.gguf is None:
+        raise ValueError("--gguf is missing: name the file that was made of FOLDER")
+    elif len(options.folders) > 1:
+        raise ValueError(f"--gguf is of one model, and there are {len(options.folders)} folders: give one")
+    elif not Path(options.gguf).is_file():
+        raise FileNotFoundError(f"--gguf {options.gguf} is no file: name the file that was made of FOLDER")
+
+
+def _request(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """What the engine is asked: prompts of text where there is a tokenizer, or of random ids."""
     import torch
 
@@ -132,30 +150,34 @@ def _request(folder: str, count: int) -> dict[str, Any]:
     else:
         ids = tokenizer(MoHGEConfig.__doc__, add_special_tokens=False).input_ids
     half, ids = min(_LENGTH, config.max_position_embeddings) // 2, itertools.cycle(ids)
-    lengths = itertools.islice(itertools.cycle(_PROMPT_LENGTHS), count)
+    lengths = itertools.islice(itertools.cycle(_PROMPT_LENGTHS), options.prompts)
     prompts = [list(itertools.islice(ids, min(length, half))) for length in lengths]
-    engine = {"model": folder, "dtype": "float32", "enforce_eager": True, "max_model_len": 2 * half}
+    engine = {"model": options.gguf or folder, "max_model_len": 2 * half}
+    if options.engine == "vllm":
+        engine |= {"dtype": "float32", "enforce_eager": True}
     return {"engine": engine, "prompts": prompts, "new_tokens": half, "logprobs": 5}
 
 
-def _ask(python: str, requests: list[dict]) -> list[dict]:
+def _ask(python: str, engine: str, requests: list[dict]) -> list[dict]:
     """The engine's answers."""
     from mohge.training.loop.failure import RunFailed
-    from mohge_engines import vllm_generate
+    from mohge_engines import generate
 
     lines = "".join(f"{json.dumps(request)}\n" for request in requests)
     try:
-        done = subprocess.run([python, "-I", vllm_generate.__file__], input=lines, capture_output=True, text=True)
+        done = subprocess.run([python, "-I", generate.__file__, engine], input=lines, capture_output=True, text=True)
     except OSError as error:
-        raise ValueError(f"--engine-python {python} cannot be run ({error}): name a Python that has vllm") from error
-    if done.returncode == vllm_generate.NO_ENGINE:
-        raise ValueError(f"--engine-python {python} has no vllm: name a Python that has it")
-    mark = vllm_generate.ANSWER
+        raise ValueError(
+            f"--engine-python {python} cannot be run ({error}): name a Python that has {engine}"
+        ) from error
+    if done.returncode == generate.NO_ENGINE:
+        raise ValueError(f"--engine-python {python} has no {engine}: name a Python that has it")
+    mark = generate.ANSWER
     answers = [json.loads(line[len(mark) :]) for line in done.stdout.splitlines() if line.startswith(mark)]
     if len(answers) < len(requests):
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing on standard error"]
         folder = requests[len(answers)]["engine"]["model"]
-        raise RunFailed(f"vllm ended at {folder} with exit status {done.returncode}: {said[-1]}")
+        raise RunFailed(f"{engine} ended at {folder} with exit status {done.returncode}: {said[-1]}")
     return answers
 
 

@@ -30,18 +30,18 @@ class Stand:
     def __init__(self, place: Path, model: MoHGEForCausalLM):
         self.model, self.folder, self.python, self.asked = model, place / "model", place / "python", place / "asked"
         model.save_pretrained(self.folder)
-        self.check("", prompts=2)
+        self.check("")
         (self.request,) = map(json.loads, self.asked.read_text().splitlines())
 
-    def check(self, printed: str, status: int | str = 0, prompts: int = 2) -> int:
+    def check(self, printed: str, status: int | str = 0, *options: str) -> int:
         fields = {"python": sys.executable, "asked": str(self.asked), "status": repr(status), "printed": printed}
         self.python.write_text(ENGINE.format(**fields))
         self.python.chmod(0o755)
-        options = ["--engine-python", str(self.python), "--prompts", str(prompts)]
-        return main(["serve-check", str(self.folder), *options])
+        engine = ["--engine-python", str(self.python), "--prompts", "2"]
+        return main(["serve-check", str(self.folder), *engine, *options])
 
-    def answer(self, result: dict) -> int:
-        return self.check(f"mohge: {json.dumps({'version': '1.2', **result})}")
+    def answer(self, result: dict, *options: str) -> int:
+        return self.check(f"mohge: {json.dumps({'version': '1.2', **result})}", 0, *options)
 
     @torch.no_grad()
     def generate(self, choice=int) -> dict:
@@ -76,6 +76,13 @@ def test_engine_that_agrees(stand, right, capsys):
     assert "ties:" not in printed
     assert stand.request["engine"]["model"] == str(stand.folder)
     assert [len(prompt) for prompt in stand.request["prompts"]] == [5, 9]
+
+
+def test_llama_cpp_gets_the_file(stand, right, capsys):
+    options = ("--engine", "llama.cpp", "--gguf", str(stand.python))
+    assert stand.answer(right, *options) == 0
+    assert "llama.cpp 1.2 and mohge" in capsys.readouterr().out
+    assert json.loads(stand.asked.read_text())["engine"] == {"model": str(stand.python), "max_model_len": 64}
 
 
 def test_first_difference_is_one_line(stand, right, capsys):
@@ -126,7 +133,8 @@ def test_engine_that_fails(stand, capsys):
 
 
 def test_usage(stand, tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("VLLM_PYTHON", raising=False)
+    for name in ("VLLM_PYTHON", "LLAMA_CPP_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
     folder, python = str(stand.folder), str(stand.python)
     for command, says in (
         ([folder], "--engine-python is missing: "),
@@ -135,12 +143,18 @@ def test_usage(stand, tmp_path, monkeypatch, capsys):
         ([folder, "--engine-python", python, "--prompts", "0"], "--prompts is 0: "),
         ([str(tmp_path / "none"), "--engine-python", python], f"{tmp_path / 'none'} is no folder: "),
         ([str(tmp_path), "--engine-python", python], "has no config.json"),
+        ([folder, "--engine", "llama.cpp"], "set LLAMA_CPP_PYTHON"),
+        ([folder, "--engine", "llama.cpp", "--engine-python", python], "--gguf is missing: "),
+        ([folder, "--engine", "llama.cpp", "--engine-python", python, "--gguf", folder], "is no file: "),
+        ([folder, folder, "--engine", "llama.cpp", "--engine-python", python, "--gguf", python], "give one"),
+        ([folder, "--engine-python", python, "--gguf", python], "--gguf is for --engine llama.cpp: "),
     ):
         assert main(["serve-check", *command]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line
     assert stand.check("", status=3) == 2
     assert "has no vllm: name a Python that has it" in capsys.readouterr().err
-    # The real script where vLLM is not installed.
-    assert main(["serve-check", folder, "--engine-python", sys.executable]) == 2
-    assert "has no vllm: name a Python that has it" in capsys.readouterr().err
+    # The real script where no engine is installed.
+    for engine, options in (("vllm", ()), ("llama.cpp", ("--gguf", python))):
+        assert main(["serve-check", folder, "--engine", engine, "--engine-python", sys.executable, *options]) == 2
+        assert f"has no {engine}: name a Python that has it" in capsys.readouterr().err
