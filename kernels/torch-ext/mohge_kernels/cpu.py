@@ -5,7 +5,7 @@ expert, P = `padded(M)`, R = sum of P over the experts.
 
 What makes it fast (figures: benchmarks/results):
 
-- oneDNN multiplies float32 matrices too, where `F.linear` of PyTorch calls MKL.
+- oneDNN multiplies float32 matrices too, where `F.linear` of PyTorch calls MKL; MKL stays for few rows (`_FEW_ROWS`).
 - Numbers of rows are rounded up to a few sizes. oneDNN generates code for every new shape, which takes as long as the
   product of some 50 rows, and keeps that of the latest 1024 shapes; traffic to experts has another shape every time.
 - A weight keeps the memory of its gradient for the next one, in huge pages: the first write to 82 MB of fresh memory
