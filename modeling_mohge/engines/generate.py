@@ -30,8 +30,8 @@ class VLLM:
         self.arguments = self.llm = None
 
     def generate(self, arguments: dict, prompts: list[list[int]], new_tokens: int, logprobs: int | None) -> dict:
-        """`tokens` of each prompt, the `logprobs` of these and of the likeliest others, `seconds`, and bytes of
-        `memory` that the parameters take, and the process."""
+        """`tokens` of each prompt, the `logprobs` of these and of the likeliest others, `seconds` and `cpu_seconds`,
+        and the bytes of the `parameters` and of the `process`."""
         from vllm import LLM, SamplingParams
 
         if arguments != self.arguments:
@@ -48,9 +48,9 @@ class VLLM:
             temperature=0, max_tokens=new_tokens, logprobs=logprobs, detokenize=False, ignore_eos=True
         )
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         found = [output.outputs[0] for output in self.llm.generate(given, sampling, use_tqdm=False)]
-        seconds = time.perf_counter() - start
+        times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
         steps = [
             [{token: entry.logprob for token, entry in step.items()} for step in one.logprobs or ()] for one in found
         ]
@@ -58,7 +58,7 @@ class VLLM:
         with open("/proc/self/statm") as file:
             resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         memory = {"parameters": parameters, "process": resident}
-        return {"tokens": [list(one.token_ids) for one in found], "logprobs": steps, "seconds": seconds, **memory}
+        return {"tokens": [list(one.token_ids) for one in found], "logprobs": steps, **times, **memory}
 
     def close(self):
         """Free what the model takes."""
