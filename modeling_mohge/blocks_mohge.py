@@ -259,7 +259,7 @@ class MoHGEMixtureExperts(MoHGEExperts):
             self.gate_function, self.act_is_silu = function, False
             self.interleaves = not source.is_concatenated
             for name, value in vars(source).items():  # what the function may read, such as the limit of a clamp
-                if isinstance(value, int | float) and not hasattr(self, name):
+                if isinstance(value, int | float) and not name.startswith("_") and not hasattr(self, name):
                     setattr(self, name, value)
         self.tables = ExpertTables(layer_config)
         self.expert_ids: torch.Tensor

@@ -95,6 +95,13 @@ def test_construction_on_meta_leaves_nothing_uninitialised(name, tmp_path):
 
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_experts_with_biases_and_a_gate_of_their_own_are_initialised():
+    backbone = MIXTURE["backbone_config"] | {"model_type": "gpt_oss", "num_local_experts": 12}
+    model = make_model(**MIXTURE | {"backbone_config": backbone})
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
 def test_parameters_are_initialised_with_the_configured_deviation():
     model = make_model(initializer_range=0.05, hidden_size=64, shared_expert_gate=True)
     for name, parameter in model.named_parameters():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conversion_cases import convert, tensors
 from model_cases import LATENT_ATTENTION, MIXTURE, ROUTER_TYPES, assert_close, make_ids, make_model
-from processes import run_python
 from torch import nn
+
+from mohge.commands.main import main
 
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
@@ -46,6 +47,9 @@ def plugin(monkeypatch) -> type:
     """The model class that the plugin registers with vLLM, of which there is as much as it needs."""
 
     class TransformersForCausalLM(nn.Module):
+        def recursive_replace(self):
+            pass
+
         def load_weights(self, weights):
             return dict(weights)
 
@@ -84,6 +88,47 @@ def test_plugin_takes_padded_exports_and_others(fields, plugin, tmp_path):
         engine.load_weights((key, value) for key, value in on_disk.items() if key != lost)
 
 
+SHARED = {
+    "two_level": {},
+    "odd_widths": {"moe_intermediate_sizes": [5, 7, 9]},
+    "mixture": MIXTURE,
+    "biases": MIXTURE
+    | {
+        "backbone_config": MIXTURE["backbone_config"] | {"model_type": "gpt_oss", "num_local_experts": 12},
+    },
+}
+
+
+@pytest.mark.parametrize("fields", SHARED.values(), ids=SHARED)
+def test_ranks_share_each_expert(fields, plugin):
+    """The outputs of what each of two ranks holds of a layer's experts add up to those of the layer."""
+    whole = make_model(**fields)
+    layers = [block.experts for block in whole.sparse_feed_forwards]
+    hidden_states = torch.randn(5, whole.config.hidden_size)
+    index, weights = torch.arange(15).view(5, 3) % whole.config.num_experts, torch.rand(5, 3)
+    outputs, sizes = [], []
+    for rank in range(2):
+        engine = plugin()
+        model = make_model(**fields)
+        engine.model, engine.config, engine.model_config = model.model, model.config, SimpleNamespace(dtype=None)
+        engine.device_config = SimpleNamespace(device="cpu")
+        engine.tp_group = SimpleNamespace(world_size=2, rank_in_group=rank, all_reduce=lambda output: output * 1)
+        engine.recursive_replace()
+        for experts, full in zip([block.experts for block in model.sparse_feed_forwards], layers, strict=True):
+            for name, stack in experts.named_parameters():
+                stack.weight_loader(stack, full.get_parameter(name))
+            with torch.no_grad():
+                outputs.append(experts(hidden_states, index, weights))
+            sizes.append(sum(map(torch.numel, experts.parameters())))
+    with torch.no_grad():
+        expected = torch.stack([experts(hidden_states, index, weights) for experts in layers])
+    assert_close(torch.stack(outputs).unflatten(0, (2, -1)).sum(0), expected)
+    assert max(sizes) < 0.65 * sum(map(torch.numel, layers[0].parameters()))
+    engine.tp_group.world_size = 8
+    with pytest.raises(ValueError, match="do not fit 8 ranks"):
+        engine.recursive_replace()
+
+
 ENGINE = {
     **{router_type: {"router_type": router_type} for router_type in ROUTER_TYPES},
     "gated_shared_expert": {"shared_expert_gate": True, "routed_scaling_factor": 2.5},
@@ -107,64 +152,18 @@ ENGINE = {
     },
     "mixture": MIXTURE,
 }
-SERVE = """
-import gc
-import json
-import os
-import sys
-
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-import torch
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-
-prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[1])]
-sampling = SamplingParams(temperature=0, max_tokens=32, logprobs=1, detokenize=False, ignore_eos=True)
-report = []
-for folder in sys.argv[2:]:
-    llm = LLM(
-        folder,
-        trust_remote_code=True,
-        dtype="float32",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=64,
-        distributed_executor_backend="uni",
-    )
-    found = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
-    tokens = [list(output.token_ids) for output in found]
-    logprobs = [[step[t].logprob for t, step in zip(output.token_ids, output.logprobs)] for output in found]
-    report.append([tokens, logprobs])
-    del llm
-    cleanup_dist_env_and_memory()
-    gc.collect()
-print(json.dumps(report))
-"""
 
 
-def test_vllm_generates_the_same(tmp_path):
+def test_vllm_generates_the_same(tmp_path, monkeypatch):
     """Greedy tokens and their log-probabilities, of models as they are and padded."""
     if VLLM_PYTHON is None:
         pytest.skip("VLLM_PYTHON names no Python with vLLM: run `make serve-test`")
     sizes = {"hidden_size": 128, "moe_intermediate_sizes": [32, 64, 96], "intermediate_size": 160}
-    prompts = [make_ids(1, length, seed=length)[0].tolist() for length in (5, 9, 17, 30)]
-    folders, expected = [], []
+    folders = []
     for name, fields in ENGINE.items():
         model = make_model(**{**sizes, "shared_expert_intermediate_size": 64, "initializer_range": 0.15, **fields})
         model.save_pretrained(tmp_path / name)
         assert convert(tmp_path / name, tmp_path / f"{name}_padded", "--mode", "export", "--pad") == 0
-        folders += [tmp_path / name, tmp_path / f"{name}_padded"]
-        tokens, logprobs = [], []
-        for prompt in prompts:
-            ids = model.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, eos_token_id=-1)
-            with torch.no_grad():
-                scores = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            tokens.append(ids[0, len(prompt) :].tolist())
-            logprobs.append(scores.gather(1, ids[0, len(prompt) :, None])[:, 0].tolist())
-        expected += [(tokens, logprobs)] * 2
-    found = run_python(SERVE, tmp_path, prompts, *folders, python=VLLM_PYTHON)
-    differences = {}
-    for folder, (tokens, logprobs), (wanted, scores) in zip(folders, found, expected, strict=True):
-        assert tokens == wanted, folder.name
-        differences[folder.name] = (torch.tensor(logprobs) - torch.tensor(scores)).abs().max().item()
-    assert max(differences.values()) < 1e-4, differences
+        folders += [str(tmp_path / name), str(tmp_path / f"{name}_padded")]
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assert main(["serve-check", *folders, "--engine-python", VLLM_PYTHON]) == 0

@@ -13,6 +13,7 @@ COMMANDS = {
     "place": "where experts go on several devices, what it costs, and how to launch it",
     "simulate": "balance and step time of expert allocations on many devices",
     "evaluate": "perplexity of text, benchmark tasks, and what the router does",
+    "serve_check": "compare the tokens of a serving engine with ours",
     "report": "one page about a training run or a model",
     "train": "pretrain or go on training, from a recipe",
     "finetune": "fine-tune all weights or adapters, merge adapters, quantise experts",
@@ -20,7 +21,7 @@ COMMANDS = {
     "demo": "train, save, reload and sample a small model on real text",
 }
 """Each module beside this one, with `add_arguments` and `run`; under its name unless `_NAMES` has another."""
-_NAMES = {"evaluate": "eval"}
+_NAMES = {"evaluate": "eval", "serve_check": "serve-check"}
 _LEFT_BEHIND = {
     "convert": "the same command goes on from here",
     "train": "the same command goes on from the last checkpoint",

@@ -5,7 +5,7 @@ expert, P = `padded(M)`, R = sum of P over the experts.
 
 What makes it fast (figures: benchmarks/results):
 
-- oneDNN multiplies float32 matrices too, where `F.linear` of PyTorch calls MKL.
+- oneDNN multiplies float32 matrices too, where `F.linear` of PyTorch calls MKL; MKL stays for few rows (`_FEW_ROWS`).
 - Numbers of rows are rounded up to a few sizes. oneDNN generates code for every new shape, which takes as long as the
   product of some 50 rows, and keeps that of the latest 1024 shapes; traffic to experts has another shape every time.
 - A weight keeps the memory of its gradient for the next one, in huge pages: the first write to 82 MB of fresh memory
@@ -336,8 +336,17 @@ def _sort(index_TK: torch.Tensor, key_of_expert: torch.Tensor, keys: int) -> tup
     return order_S.int(), position_S.int().view_as(keys_TK), counts.int()
 
 
+_FEW_ROWS = 8
+"""Up to which MKL reads a weight about twice as fast as oneDNN does, as the first of two matrices and with two rows at
+least. At 12 oneDNN is faster."""
+
+
 def _linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear` by oneDNN, into `out` if there is one."""
+    """`F.linear` by oneDNN, or of few rows by MKL, into `out` if there is one."""
+    if x.dtype == torch.float32 and len(x) <= _FEW_ROWS and not weight.is_mkldnn and weight.is_contiguous():
+        rows = (x.expand(2, -1) if len(x) == 1 else x).contiguous()
+        result = torch.mm(weight, rows.t())[:, : len(x)].t()
+        return result if out is None else out.copy_(result)
     if weight.is_mkldnn or (x.dtype == torch.float32 and x.dtype in _ONEDNN_DTYPES):
         result = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
         return result if out is None else out.copy_(result)

@@ -87,7 +87,7 @@ def test_help_names_every_command(capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     commands = ("convert", "demo", "eval", "finetune", "info", "place", "push", "report", "simulate", "train")
-    assert all(re.search(rf"^ +{command} +\w", printed, re.MULTILINE) for command in commands)
+    assert all(re.search(rf"^ +{command}\s+\w", printed, re.MULTILINE) for command in (*commands, "serve-check"))
 
 
 def test_info_on_config_and_folder(tmp_path, capsys):

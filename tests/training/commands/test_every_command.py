@@ -89,6 +89,7 @@ NAMING = {
     "info": ["info", "NAME"],
     "place": ["place", "NAME", "--devices", "2"],
     "push": ["push", "NAME", "someone/model", "--dry-run"],
+    "serve-check": ["serve-check", "NAME", "--engine-python", sys.executable],
     "push repository": ["push", "PLACE/base", "NAME", "--dry-run"],
 }
 
