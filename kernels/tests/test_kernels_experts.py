@@ -30,7 +30,7 @@ from kernel_cases import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from mohge_kernels import swiglu_experts
+from mohge_kernels import cpu, swiglu_experts
 
 
 def dtype_name(value) -> str | None:
@@ -549,6 +549,28 @@ def test_several_threads(name, device, dtype):
         torch.set_num_threads(threads)
     assert_close(first, run_reference(case, layer, inputs), dtype)
     assert_equal(first, second)
+
+
+PRODUCTS = {
+    "Intel": {"_MKL_LEADS": True, "_HAS_MKL": True},
+    "AMD": {"_MKL_LEADS": False, "_HAS_MKL": True},
+    "without MKL": {"_MKL_LEADS": False, "_HAS_MKL": False},
+    "without MKL and oneDNN": {"_MKL_LEADS": False, "_HAS_MKL": False, "_ONEDNN_DTYPES": ()},
+    "without bfloat16": {"_MKL_LEADS": False, "_HAS_MKL": False, "_ONEDNN_DTYPES": (torch.float32,)},
+}
+"""What is taken for a product, on processors of several kinds."""
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("name", ["many_rows_of_all_widths", "one_token", "empty_middle_group"])
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_products_of_each_processor(name, device, dtype, product, monkeypatch):
+    for constant, value in PRODUCTS[product].items():
+        monkeypatch.setattr(cpu, constant, value)
+    case = CASES[name]
+    layer, inputs = make_layer(case, device, dtype), make_inputs(case, device, dtype)
+    assert_close(run(layer, inputs), run_reference(case, layer, inputs), dtype)
 
 
 @each_implementation
