@@ -32,7 +32,7 @@ from transformers import __version__ as TRANSFORMERS
 
 from mohge.backbones_mohge import feed_forwards
 
-from .allocation import allocate, choices
+from .allocation import allocate, choices, even
 from .checkpoint import Checkpoint, NamedTensors, read_config
 from .decoders import make_decoder
 from .pipeline import convert
@@ -201,7 +201,7 @@ def chosen_widths(
         return [[round(keep * width) for width in layer] for layer in widths]
     largest_width = max(max(layer) for layer in widths)
     multiple, groups = (largest_width, 2) if contestant.shape == "whole" else (multiple, 3)
-    tables = [choices(layer, multiple, contestant.budget) for layer in saliency]
+    tables = [choices(layer, multiple, contestant.budget) for layer in even(saliency)]
     budget = keep * sum(table.cost[:, -1].sum() for table in tables)
     picked = allocate(tables, budget, groups)
     return [[table.widths[index] for index in row] for table, row in zip(tables, picked, strict=True)]
@@ -218,10 +218,9 @@ def measure(options: argparse.Namespace):
     if ("source", 1.0, 0) not in done:
         row = subject.measure(held_out, subject.widths, reference)
         write_row(options.results, facts | {"contestant": "source", "keep": 1.0, "seed": 0, "kept": 1.0} | row)
-    for seed in range(options.seeds):
-        plan = [(c, keep) for keep in KEEP for c in UNEQUAL + UNIFORM]
-        if seed == 0:
-            plan += [(c, keep) for keep in (0.75, 0.5) for c in WITHOUT_REFIT + OTHERS]
+    plans = [(seed, [(c, keep) for keep in KEEP for c in UNEQUAL + UNIFORM]) for seed in range(options.seeds)]
+    plans.append((0, [(c, keep) for keep in (0.75, 0.5) for c in WITHOUT_REFIT + OTHERS]))
+    for seed, plan in plans:
         plan = [(c, keep) for c, keep in plan if (c.name, keep, seed) not in done]
         if not plan:
             continue
@@ -231,8 +230,9 @@ def measure(options: argparse.Namespace):
         surveys = {}
         for contestant, keep in plan:
             began = time.perf_counter()
-            if contestant.criterion not in surveys:
-                surveys[contestant.criterion] = survey(subject, ids, contestant.criterion, surveys)
+            for criterion in ("gradient", contestant.criterion):  # of which two controls are made
+                if criterion not in surveys:
+                    surveys[criterion] = survey(subject, ids, criterion, surveys)
             saliency = surveys[contestant.criterion]
             if not contestant.refits:
                 saliency = [LayerSaliency.of(layer.neurons, layer.tokens) for layer in saliency]
@@ -398,7 +398,7 @@ def main():
     command.add_argument("--blocks", type=int, default=16)
     command.add_argument("--kl-blocks", type=int, default=4)
     command.add_argument("--calibration-blocks", type=int, default=44)
-    command.add_argument("--multiple", type=int, default=64)
+    command.add_argument("--multiple", type=int, default=16)
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=measure)
     command = commands.add_parser("compare")

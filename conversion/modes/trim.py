@@ -8,7 +8,7 @@ import torch
 
 from mohge import MoHGEConfig
 
-from ..allocation import Choices, allocate, choices, prices
+from ..allocation import Choices, allocate, choices, even, prices
 from ..decoders import Expert, LayerWeights, MoHGE
 from ..recipe import Recipe
 from ..statistics import ExpertStatistics, LayerSaliency, observe_experts, refit
@@ -107,13 +107,17 @@ class Trim(Mode):
                 self.group_of[number] = np.empty(len(ranked), dtype=int)
                 self.group_of[number][ranked] = np.repeat(range(config.num_groups), config.expert_counts)
             return
-        tables = {number: self._choices(number, layers[number]) for number in sparse}
+        evened = dict(zip(sparse, even([layers[number] for number in sparse]), strict=True))
+        tables = {number: self._choices(number, evened[number]) for number in sparse}
         own = {number: list(map(len, layers[number].neurons)) for number in sparse}
         whole = sum(prices(layers[number], self.recipe.budget) @ own[number] for number in sparse)
         chosen = dict(
             zip(sparse, allocate(list(tables.values()), self.recipe.keep * whole, self.recipe.groups), strict=True)
         )
-        lost = sum(tables[number].lost[range(len(chosen[number])), chosen[number]].sum() for number in sparse)
+        lost = sum(
+            self._choices(number, layers[number]).lost[range(len(chosen[number])), chosen[number]].sum()
+            for number in sparse
+        )
         whole = sum(curve[0].item() for layer in layers for curve in layer.lost)
         self._lost, self._tokens = lost, tokens
         self._share = lost / whole if whole else 0.0

@@ -28,7 +28,7 @@ from model_cases import VARIANTS, make_ids, make_model
 from transformers import AutoConfig
 
 from mohge.backbones_mohge import feed_forwards
-from mohge.conversion.allocation import Choices, allocate, choices
+from mohge.conversion.allocation import Choices, allocate, choices, even
 from mohge.conversion.checkpoint import Checkpoint, NamedTensors, read_config
 from mohge.conversion.decoders import make_decoder
 from mohge.conversion.plan import make_plan
@@ -168,6 +168,22 @@ def test_allocation_stays_within_a_budget_of_rounded_costs():
             layers.append(choices(made_up(saliency, random.exponential(size=24)), 4, "work"))
         most = 0.6 * sum(layer.cost[:, -1].sum() for layer in layers)
         assert 0.99 * most < cost_of(layers, allocate(layers, most, 3)) <= most * (1 + 1e-9)
+
+
+def test_layers_are_put_on_one_scale():
+    """Unless they differ by more than three times; what a layer's experts lose stays as it is among them."""
+    random = np.random.default_rng(0)
+    rows = [[random.exponential(size=8) for _ in range(3)] for _ in range(5)]
+    scales = [1.0, 2.0, 0.5, 300.0, 0.0]
+    before = [made_up([scale * row for row in layer]) for scale, layer in zip(scales, rows, strict=True)]
+    after = even(before)
+    halves = [sum(curve[4].item() for curve in layer.lost) for layer in after]
+    assert halves[0] == pytest.approx(halves[1]) == pytest.approx(halves[2])
+    assert halves[3] > 30 * halves[0]
+    assert halves[4] == 0
+    for old, new in zip(before[:4], after, strict=False):
+        ratios = [(b[:8] / a[:8]) for a, b in zip(old.lost, new.lost, strict=True)]
+        torch.testing.assert_close(torch.stack(ratios), ratios[0][0].expand(3, 8))
 
 
 def test_allocation_refuses_what_it_cannot_try():
