@@ -554,6 +554,7 @@ def test_several_threads(name, device, dtype):
 PRODUCTS = {
     "Intel": {"_MKL_LEADS": True, "_HAS_MKL": True},
     "AMD": {"_MKL_LEADS": False, "_HAS_MKL": True},
+    "AMD, serving": {"_MKL_LEADS": False, "_HAS_MKL": True, "few_rows": 8},
     "without MKL": {"_MKL_LEADS": False, "_HAS_MKL": False},
     "without MKL and oneDNN": {"_MKL_LEADS": False, "_HAS_MKL": False, "_ONEDNN_DTYPES": ()},
     "without bfloat16": {"_MKL_LEADS": False, "_HAS_MKL": False, "_ONEDNN_DTYPES": (torch.float32,)},

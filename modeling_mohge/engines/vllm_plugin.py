@@ -6,4 +6,7 @@ def register():
     """Called by vLLM in each of its processes."""
     from vllm import ModelRegistry
 
+    from mohge_kernels import cpu
+
+    cpu.few_rows = 8  # batches are small, and another batch gives other bits here anyway
     ModelRegistry.register_model("MoHGEForCausalLM", "mohge_engines.vllm_model:MoHGEForCausalLM")

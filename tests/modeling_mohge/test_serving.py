@@ -12,6 +12,7 @@ from model_cases import LATENT_ATTENTION, MIXTURE, ROUTER_TYPES, assert_close, m
 from torch import nn
 
 from mohge.commands.main import main
+from mohge_kernels import cpu
 
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
@@ -60,9 +61,11 @@ def plugin(monkeypatch) -> type:
     backend.TransformersForCausalLM = TransformersForCausalLM
     for module in (vllm, backend):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(cpu, "few_rows", 0)
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="mohge")
     entry.load()()
     assert [*registered] == ["MoHGEForCausalLM"]
+    assert cpu.few_rows == 8
     module, name = registered["MoHGEForCausalLM"].split(":")
     monkeypatch.delitem(sys.modules, module, raising=False)
     return getattr(importlib.import_module(module), name)
