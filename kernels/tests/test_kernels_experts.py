@@ -552,21 +552,18 @@ def test_several_threads(name, device, dtype):
 
 
 PRODUCTS = {
-    "Intel": {"_MKL_LEADS": True, "_HAS_MKL": True},
-    "AMD": {"_MKL_LEADS": False, "_HAS_MKL": True},
-    "AMD, serving": {"_MKL_LEADS": False, "_HAS_MKL": True, "few_rows": 8},
-    "without MKL": {"_MKL_LEADS": False, "_HAS_MKL": False},
-    "without MKL and oneDNN": {"_MKL_LEADS": False, "_HAS_MKL": False, "_ONEDNN_DTYPES": ()},
-    "without bfloat16": {"_MKL_LEADS": False, "_HAS_MKL": False, "_ONEDNN_DTYPES": (torch.float32,)},
+    "serving": {"few_rows": 8},
+    "without oneDNN": {"_ONEDNN_DTYPES": ()},
+    "without bfloat16": {"_ONEDNN_DTYPES": (torch.float32,)},
 }
-"""What is taken for a product, on processors of several kinds."""
+"""What decides which product is taken."""
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("name", ["many_rows_of_all_widths", "one_token", "empty_middle_group"])
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
-def test_products_of_each_processor(name, device, dtype, product, monkeypatch):
+def test_every_product(name, device, dtype, product, monkeypatch):
     for constant, value in PRODUCTS[product].items():
         monkeypatch.setattr(cpu, constant, value)
     case = CASES[name]

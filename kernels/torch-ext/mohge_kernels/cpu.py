@@ -5,8 +5,8 @@ expert, P = `padded(M)`, R = sum of P over the experts.
 
 What makes it fast (figures: benchmarks/results):
 
-- Each processor has the product that is fastest on it: `F.linear` of PyTorch calls MKL for float32. On AMD's oneDNN is
-  faster; on Intel's MKL is (`_MKL_LEADS`).
+- oneDNN multiplies float32 matrices too, where `F.linear` of PyTorch calls MKL. On AMD that is faster; on Intel it is
+  not, but with MKL the last bits depend on where a weight lies in memory.
 - Numbers of rows are rounded up to a few sizes. oneDNN generates code for every new shape, which takes as long as the
   product of some 50 rows, and keeps that of the latest 1024 shapes; traffic to experts has another shape every time.
 - A weight keeps the memory of its gradient for the next one, in huge pages: the first write to 82 MB of fresh memory
@@ -19,9 +19,7 @@ What makes it fast (figures: benchmarks/results):
 
 import ctypes
 import mmap
-import platform
 import weakref
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -339,16 +337,6 @@ def _sort(index_TK: torch.Tensor, key_of_expert: torch.Tensor, keys: int) -> tup
     return order_S.int(), position_S.int().view_as(keys_TK), counts.int()
 
 
-def _maker() -> str:
-    """Who made the processor, as it says itself."""
-    information = Path("/proc/cpuinfo")
-    text = information.read_text(encoding="utf-8") if information.exists() else platform.processor()
-    return next((maker for maker in ("GenuineIntel", "AuthenticAMD") if maker in text), "")
-
-
-_HAS_MKL = torch.backends.mkl.is_available()
-_MKL_LEADS = _HAS_MKL and _maker() == "GenuineIntel"
-"""By 1.2 to 2.1 times on an Intel Xeon with AVX-512 and without AMX; on an AMD EPYC oneDNN leads."""
 few_rows = 0
 """Products of float32 with at most so many rows go to MKL: as the first of two matrices, and with two rows at least,
 it reads a weight about twice as fast as oneDNN on AMD, up to 8 rows; at 12 oneDNN is faster. Serving engines set it.
@@ -357,9 +345,7 @@ Not by default, as the last bits then depend on how many rows there are, and on 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` by oneDNN or MKL, into `out` if there is one."""
-    if x.dtype == torch.float32 and _MKL_LEADS and not weight.is_mkldnn:
-        return torch.mm(x, weight.t(), out=out)
-    few = _HAS_MKL and x.dtype == torch.float32 and len(x) <= few_rows
+    few = x.dtype == torch.float32 and len(x) <= few_rows
     if few and not weight.is_mkldnn and weight.is_contiguous():
         rows = (x.expand(2, -1) if len(x) == 1 else x).contiguous()
         result = torch.mm(weight, rows.t())[:, : len(x)].t()
