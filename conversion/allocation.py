@@ -50,20 +50,17 @@ def prices(layer: LayerSaliency, budget: str) -> np.ndarray:
     return (layer.tokens / layer.tokens.sum().clamp(min=1)).numpy()
 
 
-def even(layers: list[LayerSaliency]) -> list[LayerSaliency]:
+def even(layers: list[LayerSaliency], tables: list[Choices]) -> list[Choices]:
     """
-    Layers whose losses are on one scale: where all experts have half of their width, layers lose the same, unless they
-    differ by more than `_APART`. Saliency tells neurons of a layer apart better than layers: when single layers of a
-    mixture were narrowed to half, what the model lost was the same in all but the first within a factor of two or so,
-    and did not go together with what saliency said.
+    The choices of layers with their losses on one scale: where all experts have half of their width, layers lose the
+    same, unless they differ by more than `_APART`. Saliency tells neurons of a layer apart better than layers: when
+    single layers of a mixture were narrowed to half, what the model lost was the same in all but the first within a
+    factor of two or so, and did not go together with what saliency said.
     """
     halves = np.array([sum(curve[len(curve) // 2].item() for curve in layer.lost) for layer in layers])
     typical = np.median(halves[halves > 0]) if halves.any() else 1.0
     scales = 1 / np.clip(halves / typical, 1 / _APART, _APART)
-    return [
-        layer._replace(lost=[curve * scale for curve in layer.lost])
-        for layer, scale in zip(layers, scales, strict=True)
-    ]
+    return [table._replace(lost=scale * table.lost) for table, scale in zip(tables, scales, strict=True)]
 
 
 def allocate(layers: list[Choices], budget: float, groups: int) -> list[list[int]]:

@@ -116,7 +116,7 @@ class Subject:
         are zero."""
         for number, (layer, kept_widths) in enumerate(zip(saliency, widths, strict=True)):
             for expert, (down, width) in enumerate(zip(self._downs(number), kept_widths, strict=True)):
-                kept = layer.order[expert][:width]
+                kept = layer.kept(expert, width)
                 columns = self.original[number][expert][:, kept]
                 if statistics is not None:
                     columns, _ = refit(self.original[number][expert], kept, statistics[number].grams[expert])
@@ -201,9 +201,9 @@ def chosen_widths(
         return [[round(keep * width) for width in layer] for layer in widths]
     largest_width = max(max(layer) for layer in widths)
     multiple, groups = (largest_width, 2) if contestant.shape == "whole" else (multiple, 3)
-    tables = [choices(layer, multiple, contestant.budget) for layer in even(saliency)]
+    tables = [choices(layer, multiple, contestant.budget) for layer in saliency]
     budget = keep * sum(table.cost[:, -1].sum() for table in tables)
-    picked = allocate(tables, budget, groups)
+    picked = allocate(even(saliency, tables), budget, groups)
     return [[table.widths[index] for index in row] for table, row in zip(tables, picked, strict=True)]
 
 

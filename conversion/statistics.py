@@ -46,6 +46,10 @@ class LayerSaliency(NamedTuple):
     tokens: torch.Tensor
     """[E] tokens that came to each expert."""
 
+    def kept(self, expert: int, width: int) -> torch.Tensor:
+        """[width] the neurons that an expert of this width keeps, ascending."""
+        return self.order[expert][:width].sort().values
+
     @classmethod
     def of(
         cls, neurons: list[torch.Tensor], tokens: torch.Tensor, grams: list[torch.Tensor] | None = None

@@ -38,7 +38,7 @@ class Copy(Mode):
         return self.recipe.saliency
 
     def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
-        self.order = [layer.order[0] for layer in layers]
+        self.saliency = layers
 
     @property
     def exact(self) -> bool:
@@ -98,7 +98,7 @@ class Copy(Mode):
         squares, narrowed = [], {}
 
         def narrow(width: int) -> Expert:
-            kept = self.order[layer.number][:width].sort().values
+            kept = self.saliency[layer.number].kept(0, width)
             if not self.refits or statistics is None:
                 return slice_neurons(full, kept)
             down, sums = refit(full.down, kept, statistics.gram)

@@ -107,17 +107,12 @@ class Trim(Mode):
                 self.group_of[number] = np.empty(len(ranked), dtype=int)
                 self.group_of[number][ranked] = np.repeat(range(config.num_groups), config.expert_counts)
             return
-        evened = dict(zip(sparse, even([layers[number] for number in sparse]), strict=True))
-        tables = {number: self._choices(number, evened[number]) for number in sparse}
+        tables = {number: self._choices(number, layers[number]) for number in sparse}
         own = {number: list(map(len, layers[number].neurons)) for number in sparse}
-        whole = sum(prices(layers[number], self.recipe.budget) @ own[number] for number in sparse)
-        chosen = dict(
-            zip(sparse, allocate(list(tables.values()), self.recipe.keep * whole, self.recipe.groups), strict=True)
-        )
-        lost = sum(
-            self._choices(number, layers[number]).lost[range(len(chosen[number])), chosen[number]].sum()
-            for number in sparse
-        )
+        cost = sum(prices(layers[number], self.recipe.budget) @ own[number] for number in sparse)
+        evened = even([layers[number] for number in sparse], list(tables.values()))
+        chosen = dict(zip(sparse, allocate(evened, self.recipe.keep * cost, self.recipe.groups), strict=True))
+        lost = sum(tables[number].lost[range(len(chosen[number])), chosen[number]].sum() for number in sparse)
         whole = sum(curve[0].item() for layer in layers for curve in layer.lost)
         self._lost, self._tokens = lost, tokens
         self._share = lost / whole if whole else 0.0
@@ -185,13 +180,13 @@ class Trim(Mode):
     def convert(self, layer: Layer, weights: LayerWeights, statistics: ExpertStatistics | None) -> Converted:
         config = self.target.config.per_layer_config[layer.number]
         origins = list(self._origins(config, self.group_of[layer.number]))
-        order, squares = self.saliency[layer.number].order, []
+        saliency, squares = self.saliency[layer.number], []
 
         def expert(number: int) -> Expert:
             origin, width = origins[number], config.expert_widths[number]
             full = weights.expert(origin)
             narrow = width < full.gate.shape[0]
-            kept = order[origin][:width].sort().values
+            kept = saliency.kept(origin, width)
             made = slice_neurons(full, kept)
             if statistics is not None:
                 down, sums = refit(full.down, kept, statistics.grams[origin])
