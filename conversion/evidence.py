@@ -14,7 +14,6 @@ What FILE has is not measured again.
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from transformers import __version__ as TRANSFORMERS
 
 from mohge.backbones_mohge import feed_forwards
+from mohge.training.benchmarks.machine import processor
 
 from .allocation import allocate, choices, even
 from .checkpoint import Checkpoint, NamedTensors, read_config
@@ -361,10 +361,7 @@ def make_task(options: argparse.Namespace):
 
 def machine() -> str:
     """Where and with what."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, torch {torch.__version__}, transformers {TRANSFORMERS}"
+    return f"{processor()}, torch {torch.__version__}, transformers {TRANSFORMERS}"
 
 
 def read_rows(files: list[Path]) -> Iterator[dict]:

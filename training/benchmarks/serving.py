@@ -24,6 +24,8 @@ from mohge.commands.main import main as mohge
 from mohge.info import parameter_counts
 from mohge_engines import generate
 
+from .machine import processor
+
 
 VOCABULARY = 8192
 WORK = {
@@ -161,9 +163,7 @@ def _spread(values: list[float]) -> str:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":
