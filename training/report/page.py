@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import jinja2
+import markupsafe
 
 from mohge.model_cards.writing import write_file
 
-from .drawing import as_data_uri
+from .drawing import as_inline
 from .layout import as_text
 from .sections import sections
 from .subject import Report
@@ -21,7 +22,10 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cell": as_text, "image": as_data_uri}
+    environment.filters |= {
+        "cell": as_text,
+        "drawing": lambda exhibit, narrow: markupsafe.Markup(as_inline(exhibit, narrow)),
+    }
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     folder = Path(report.source)
     return template.render(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -52,15 +53,16 @@ def make_page(*arguments) -> Page:
 def test_page_of_a_run_with_text_has_every_part(run):
     page = make_page(run, "--text", run.with_name("text.txt"))
     assert page.titles == [
-        *("run", "Training", "Loss"),
+        *("run", "Verdict", "Width against difficulty", "By loss", "By frequency"),
+        *("Training", "Loss", "Optimizer and speed"),
         *("Routing during training", "Load per group", "Load per expert", "Router"),
         *("Routing", "Load per expert and layer", "Groups per layer", "Entropy and balance of each layer"),
-        *("Width against difficulty", "By loss", "By frequency"),
         *("Top tokens per width", "width 8", "width 16", "width 24", "width 40"),
     ]
-    assert len(page.pictures) == 2 * len(page.alternatives) == 18
-    assert all(picture.startswith("data:image/svg+xml;base64,") for picture in page.pictures)
-    assert len(set(page.pictures)) == 18
+    assert page.pictures == 10 * ["wide", "narrow"]
+    assert len(set(page.alternatives)) == 10
+    assert any(re.fullmatch(r"training, language model: [\d.]+ at 24", tip) for tip in page.tips)
+    assert any(re.fullmatch(r"layer 2, group 3: [\d.]+ times even", tip) for tip in page.tips)
     assert page.facts["router"] == "two_level: 3 of 16 experts, from 2 of 4 groups"
     assert page.facts["router losses"] == "load_balancing 0.02, group 1e-05, expert 0.005"
     assert page.facts["training"] == "24 steps"
@@ -141,6 +143,7 @@ def test_record_of_a_plain_trainer_shows_its_loss_and_says_what_is_missing(run):
     page = make_page(run)
     assert "The run logged no router figures" in page.text
     assert "held out, b: 2.600 at step 2" in page.alternatives[0]
+    assert "from 3.000 at step 1 to 2.500 at step 2" in page.text
     assert "Load per group" not in page.titles
 
 
@@ -162,8 +165,10 @@ def test_page_of_an_unusual_model(name, tmp_path):
     page = make_page(tmp_path, "--text", tmp_path / "text.txt")
     layers = model.config.sparse_layers
     groups = max(layer.num_groups for layer in layers)
-    assert f"of {groups} " in page.alternatives[1] or groups == 1
-    assert f"in {len(layers)} layers" in page.alternatives[0]
+    loads = [text for text in page.alternatives if text.startswith("Heat map of the")]
+    assert f"of {groups} groups" in loads[-1] or groups == 1
+    assert f"in {len(layers)} layers" in loads[0]
+    assert "no clear difference" in page.text or "neurons per layer and the easiest tenth" in page.text
     assert ("Groups per layer" in page.titles) == (groups > 1)
     assert "nan" not in page.text.split()
     assert page.titles[-1].startswith("Top tokens" if name == "one group" else ("width", "group"))
