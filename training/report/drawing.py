@@ -9,7 +9,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, to_hex
+from matplotlib.colors import ListedColormap, LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
@@ -50,7 +50,6 @@ _STYLE = {
     "xtick.color": "#454d57",
     "ytick.color": "#454d57",
     "axes.facecolor": "none",
-    "image.cmap": "PuOr_r",
     "image.interpolation": "none",
     "legend.frameon": False,
     "lines.linewidth": 1.6,
@@ -74,6 +73,10 @@ _IN_THE_DARK = {
     **{"#e3e6ea": "#2b3138", "#454d57": "#b6bec8"},
 }
 """Color on a light page -> on a dark one."""
+
+
+# Purple for little and orange for much, without the darkest shades, which would be lost on a dark page.
+_AROUND_ONE = ListedColormap(matplotlib.colormaps["PuOr_r"](np.linspace(0.12, 0.88, 256)))
 
 
 class Exhibit(NamedTuple):
@@ -196,10 +199,12 @@ def mark_last(axes: Axes, steps: Sequence[float]):
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def legend_below(axes: Axes, columns: int = 1):
-    """Put the legend below the axis' label, where no line is."""
+def legend_below(axes: Axes, first: int = 0):
+    """Name the lines of a chart, from the one numbered `first`, below the axis' label, where no line is."""
     below = axes.transAxes + ScaledTranslation(0, -40 / 96, axes.figure.dpi_scale_trans)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0, ncols=columns)
+    axes.legend(
+        handles=axes.lines[first:], loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0
+    )
 
 
 def label_right(axes: Axes, values: Sequence[float], labels: list[str]):
@@ -238,7 +243,7 @@ def draw_loads(axes: Axes, loads: np.ndarray, name: Callable[[int, int], str], n
         numbers (`list[list[str]]`, *optional*): What to write into the cells.
     """
     shown = np.clip(np.ma.masked_invalid(loads), 1 / LOAD_LIMIT, LOAD_LIMIT)
-    image = axes.imshow(shown, aspect="auto", norm=LogNorm(1 / LOAD_LIMIT, LOAD_LIMIT))
+    image = axes.imshow(shown, aspect="auto", cmap=_AROUND_ONE, norm=LogNorm(1 / LOAD_LIMIT, LOAD_LIMIT))
     axes.set_facecolor(REMOVED)
     axes.grid(False)
     axes.spines[:].set_visible(False)

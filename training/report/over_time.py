@@ -160,10 +160,10 @@ def router_exhibit(history: list[dict], config: MoHGEConfig, even: int, measured
                 draw_reference(axes, even, "if experts were equally likely")
                 if measured is not None:
                     axes.axhline(measured, color=ORANGE, linestyle=":", label="on the text")
-                legend_below(axes)
+                legend_below(axes, 1)
             elif name == "router/group_entropy":
                 draw_reference(axes, entropy, "if groups were equally likely")
-                legend_below(axes)
+                legend_below(axes, 1)
             axes.set_ylim(0, 1.1 * max(*values, axes.get_ylim()[1], 0.1))
             if name == "router/dead_experts":
                 axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -131,7 +131,7 @@ def layer_exhibit(statistics: RouterStatistics, config: MoHGEConfig) -> Exhibit:
             plot(axes, numbers, values, title, marker="o", color=BLUE)
             if values is entropies:
                 axes.plot(numbers, limits, "--_", color="#6b7480", label="if groups were equally likely")
-                legend_below(axes)
+                legend_below(axes, 1)
             axes.set(title=title, xlabel="layer", xlim=(numbers[0] - 0.5, numbers[-1] + 0.5))
             axes.set_ylim(0, 1.15 * max(*axes.get_ylim(), 0.1))
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -173,7 +173,7 @@ def difficulty_exhibit(
         panels[0].errorbar(position, widths, [part.error for part in parts], fmt="o-", capsize=3, color=BLUE)
         panels[0].set(title="neurons per layer", ylim=(0, 1.15 * max(widths.max(), 1)))
         draw_reference(panels[0], float(evaluation.activated_width.mean()), "all tokens")
-        legend_below(panels[0])
+        legend_below(panels[0], len(panels[0].lines) - 1)
         for n, part in zip(position, parts, strict=True):
             hover(panels[0], n, part.activated_width, f"decile {n}: {part.activated_width:.1f} +-{part.error:.1f}")
         if count == 2:

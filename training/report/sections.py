@@ -39,7 +39,7 @@ def sections(report: Report) -> list[Section]:
     if report.evaluation is not None:
         everything.append(_difficulty(report))
     if report.sample is not None:
-        note = "Generated with temperature. The darker a token's ground, the more neurons per layer it used."
+        note = "The prompt, then what was sampled. The stronger a token's ground, the more neurons it used."
         everything.append(Section("Sample", [note], sample=pieces(report.sample, report.tokenizer)))
     everything += [*_training(report), *_routing(report)]
     if report.evaluation is not None:

@@ -77,7 +77,7 @@ class Report:
         if self.evaluation is not None and self.control is None:  # which the verdict compares it with
             tiles.append(("perplexity", as_perplexity(self.evaluation.perplexity), "on the text"))
         tiles.append(("parameters", _short(total), f"{total:,}"))
-        activated, when = self._activated()
+        activated, when = self.activated()
         tiles.append(("activated per token", _short(activated), f"{activated / total:.1%}, {when}"))
         statistics, where = self.newest_routing
         if statistics is not None:
@@ -88,7 +88,8 @@ class Report:
             )
         return tiles
 
-    def _activated(self) -> tuple[float, str]:
+    def activated(self) -> tuple[float, str]:
+        """Parameters that a token passes through, and what that was counted on."""
         if self.evaluation is not None:
             return self.evaluation.statistics.activated_parameters(), "on the text"
         logged = [entry for entry in self.history if "router/activated_parameters" in entry]
