@@ -17,9 +17,23 @@ def comparison(reports: list[Report]) -> list[Section]:
     held_out = {source: losses["held out"] for source, losses in curves.items() if "held out" in losses}
     exhibits = []
     if trained:
-        exhibits.append(_chart("Loss in training", "Language-model loss, in nats per token.", "step", trained))
+        exhibits.append(
+            _chart(
+                "Loss in training",
+                "Language-model loss, in nats per token. The axis does not begin at 0.",
+                "step",
+                trained,
+            )
+        )
     if held_out:
-        exhibits.append(_chart("Held-out loss", "Each run's own held-out text, in nats per token.", "step", held_out))
+        exhibits.append(
+            _chart(
+                "Held-out loss",
+                "Each run's own held-out text, in nats per token. The axis does not begin at 0.",
+                "step",
+                held_out,
+            )
+        )
     if all(report.evaluation for report in reports):
         tenths = {
             report.source: [
@@ -76,7 +90,7 @@ def _chart(title: str, caption: str, label: str, curves: dict[str, list[tuple[in
         for (source, points), style in zip(curves.items(), group_styles(len(curves)), strict=True):
             x, y = zip(*points, strict=True)
             plot(axes, x, y, source, markevery=max(1, len(x) // 8), **style)
-        axes.set(xlabel=label, title=title)
+        axes.set_xlabel(label)
         if label == "step":
             mark_last(axes, sorted({x for points in curves.values() for x, _ in points}))
         else:

@@ -20,10 +20,11 @@ GENERATOR = "mohge report"
 
 def render(report: Report) -> str:
     """The page as HTML. It needs nothing else: no network, no script."""
-    folder = Path(report.source)
+    folder, kind = Path(report.source), "Training run" if report.history else "Model"
+    name = folder.resolve().name if folder.is_dir() else report.source
     return _render(
-        name=folder.resolve().name if folder.is_dir() else report.source,
-        about=f"{'Training run' if report.history else 'Model'}, {report.source}",
+        name=name,
+        about=kind if name == report.source else f"{kind}, {report.source}",
         tiles=report.tiles(),
         facts=report.all_facts(),
         sections=sections(report),

@@ -22,7 +22,7 @@ def verdict(report: Report) -> list[str]:
         summary, experts = statistics.summary(), sum(map(len, statistics.counts))
         sentences.append(
             f"The busiest expert of a layer takes {1 + summary['max_vio']:.2f} times an even load, mean over layers, "
-            f"and {summary['dead_experts']:.0f} of {experts:,} experts are dead, that is get no token, {where}."
+            f"and {summary['dead_experts']:.0f} of {experts:,} experts are dead (get no token), {where}."
         )
     return sentences
 
