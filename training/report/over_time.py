@@ -81,7 +81,8 @@ def loss_exhibit(history: list[dict]) -> Exhibit | None:
     steps = evenly(sorted({step for points in by_step.values() for step in points}), _ROWS)
     return Exhibit(
         "Loss",
-        "Mean loss of a predicted token, in nats. The dashed line is what the optimizer sees; the axis does not begin at 0.",
+        "Mean loss of a predicted token, in nats. The dashed line is what the optimizer sees. The axis does not "
+        "begin at 0.",
         f"The loss in training went from {first:.3f} at step {step:,} to {last:.3f} at step {last_step:,}, that is a "
         f"perplexity of {as_perplexity(math.exp(min(last, 700)))} on the text it is trained on.",
         f"Line chart of the loss against the step. {'; '.join(ends)}.",
@@ -117,8 +118,8 @@ def optimizer_exhibit(history: list[dict]) -> Exhibit | None:
         values = [entry[name] for entry in entries]
         largest = max(range(len(values)), key=values.__getitem__)
         said.append(
-            f"{_OPTIMIZER[name]} had a median of {as_text(float(np.median(values)))} and was at most {as_text(values[largest])}, at "
-            f"step {entries[largest]['step']:,}"
+            f"{_OPTIMIZER[name]} had a median of {as_text(float(np.median(values)))} and was at most "
+            f"{as_text(values[largest])}, at step {entries[largest]['step']:,}"
         )
     entries = [entry for entry in history if any(name in entry for name in logged) and "loss" in entry]
     return Exhibit(
