@@ -26,7 +26,7 @@ _SPARE_ROWS = 16
 class _Layer:
     """The shapes of one call, and its launches."""
 
-    def __init__(self, hidden_states, gate_up, down, keys_per_group, slots):
+    def __init__(self, hidden_states, gate_up, down, keys_per_group, slots, grad_output=None):
         self.widths = tuple(weight.shape[2] for weight in down)
         self.experts = tuple(weight.shape[0] for weight in down)
         self.gate_up, self.down = tuple(gate_up), tuple(down)
@@ -35,8 +35,13 @@ class _Layer:
         self.pairs = hidden_states.shape[0] * slots
         self.device, self.dtype = hidden_states.device, hidden_states.dtype
         self.keys_per_group = keys_per_group
-        # Of the distance between rows of hidden states the compiler knows no more than whether it is a multiple of 16.
-        self.aligned = self.hidden_size % 16 == 0 and math.gcd(*self.widths) * self.dtype.itemsize % 16 == 0
+        # Of an address and of the distance between rows of tokens the compiler knows whether it is a multiple of 16.
+        per_token = [hidden_states, *([] if grad_output is None else [grad_output])]
+        self.aligned = (
+            math.gcd(self.hidden_size, *self.widths) * self.dtype.itemsize % 16 == 0
+            and all(tensor.stride(0) % 16 == 0 for tensor in per_token)
+            and all(tensor.data_ptr() % 16 == 0 for tensor in (*per_token, *gate_up, *down))
+        )
         if self.device.type == "cpu":
             self.precision = "interpreter"
         else:
@@ -57,11 +62,12 @@ class _Layer:
         chosen = tuning.config(
             kernel,
             self.dtype,
-            self.pairs / experts,
+            self.pairs,
+            experts,
             self.hidden_size,
             mean_width,
             self.aligned,
-            tuning.device_name(self.device),
+            self.device,
         )
         return chosen, {
             "BLOCK_M": chosen.block_m,
@@ -196,7 +202,7 @@ def backward(
     need_hidden, need_weights, need_gate_up, need_down = needs
     grad_output, hidden_states = map(_last_dimension_contiguous, (grad_output, hidden_states))
     weights = weights.contiguous()
-    layer = _Layer(hidden_states, gate_up, down, keys_per_group, position.shape[1])
+    layer = _Layer(hidden_states, gate_up, down, keys_per_group, position.shape[1], grad_output)
     d_hidden = layer.empty(*hidden_states.shape) if need_hidden else None
     d_weights = torch.empty_like(weights) if need_weights else None
     d_gate_up = [torch.empty_like(weight) for weight in gate_up] if need_gate_up else []
