@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
-from mohge_kernels import triton_experts, tuning  # noqa: E402
+from mohge_kernels import triton_experts, tuning
 
 
 # Name, compute capability, shared memory of a program, multiprocessors

@@ -9,7 +9,7 @@ import math
 import torch
 import triton
 
-from . import tuning
+from . import triton_candidates, tuning
 from .triton_backward import d_activation_kernel, d_weights_kernel
 from .triton_forward import combine_kernel, rows_kernel, up_kernel
 from .triton_sort import sort_pairs
@@ -95,12 +95,24 @@ class _Layer:
 
     def rows(self, kernel, ragged, weights, counts, output):
         chosen, options = self.tiles(kernel)
+        if chosen.variant:
+            triton_candidates.rows_by_group(self, kernel, chosen, options, ragged, weights, counts, output)
+            return
         factor = 1 if kernel == "down" else 2
         rows_kernel[(tuning.programs(chosen, self.device),)](
             ragged, weights, counts, output,
             FACTOR=factor, TRANSPOSED=kernel == "down", BY_COST=chosen.block_m > 16,
             EVEN_K=self.even(factor, chosen.block_k), **self.layout, **options,
         )  # fmt: skip
+
+    def down_and_combine(self, activation, weights, position, counts, output):
+        chosen, options = self.tiles("down")
+        if chosen.variant == "split":
+            triton_candidates.split_down(self, chosen, options, activation, weights, position, counts, output)
+            return
+        rows = self.empty(self.pairs, self.hidden_size)
+        self.rows("down", activation, self.down, counts, rows)
+        self.combine(rows, weights, position, output)
 
     def combine(self, rows, weights, position, output, partials=None, d_weights=None):
         parts = 0 if partials is None else partials.shape[1]
@@ -171,9 +183,7 @@ def forward(
         if layer.pairs:
             activation = layer.empty(layer.pairs * max(layer.widths))
             layer.up(hidden_states, order, counts, activation, pre, pre.numel())
-            rows = layer.empty(layer.pairs, layer.hidden_size)
-            layer.rows("down", activation, layer.down, counts, rows)
-            layer.combine(rows, weights.contiguous(), position, output)
+            layer.down_and_combine(activation, weights.contiguous(), position, counts, output)
         else:
             output.zero_()
     return output, pre, order, position, counts

@@ -48,8 +48,8 @@ def ragged_layout(counts, WIDTHS: tl.constexpr, B: tl.constexpr, KEYS: tl.conste
 @triton.jit
 def tiles_before(key, cost, tiles, BY_COST: tl.constexpr, KEYS: tl.constexpr):
     """The first tile of every key. With BY_COST the keys with the most work per tile come first, so that no long tile
-    is left for the end; too many keys to compare all with all stay in their order."""
-    if not BY_COST or KEYS > 256:
+    is left for the end; more keys than registers hold comparisons for stay in their order."""
+    if not BY_COST or KEYS > 128:
         return tl.cumsum(tiles, axis=0) - tiles
     rank = cost.to(tl.int64) * KEYS + (KEYS - 1 - key)
     earlier = rank[None, :] > rank[:, None]

@@ -32,7 +32,8 @@ TABLE = Path(__file__).with_name("tuning_table.json")
 
 class Config(NamedTuple):
     """Tile of a kernel (for `up`, `block_n` columns of gate and as many of up), how many programs each
-    multiprocessor gets, and whether to load for the next tile while the results of one are written (`flatten`)."""
+    multiprocessor gets, whether to load for the next tile while the results of one are written (`flatten`), and which
+    of `triton_candidates.py` to take instead (`variant`)."""
 
     block_m: int
     block_n: int
@@ -41,6 +42,7 @@ class Config(NamedTuple):
     num_stages: int
     programs: int
     flatten: bool = False
+    variant: str = ""
 
 
 _RULE = {
@@ -125,7 +127,8 @@ def config(
     if narrowest < chosen.block_n:  # a narrow layer fills no wide tile
         chosen = chosen._replace(block_n=max(16, 1 << (int(narrowest) - 1).bit_length()))
     if not aligned:  # loads of single elements, each with an address in a register
-        chosen = chosen._replace(block_k=min(chosen.block_k, 32))
+        block_m, block_n, block_k = map(min, chosen[:3], (64, 64, 32))
+        chosen = chosen._replace(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=4, variant="")
     return chosen
 
 
