@@ -552,8 +552,10 @@ def test_several_threads(name, device, dtype):
 
 
 PRODUCTS = {
-    "serving": {"few_rows": 8},
-    "without oneDNN": {"_ONEDNN_DTYPES": ()},
+    "Intel": {"MKL_LEADS": True},
+    "AMD": {"MKL_LEADS": False},
+    "AMD, serving": {"MKL_LEADS": False, "few_rows": 8},
+    "without MKL and oneDNN": {"MKL_LEADS": False, "_ONEDNN_DTYPES": ()},
     "without bfloat16": {"_ONEDNN_DTYPES": (torch.float32,)},
 }
 """What decides which product is taken."""
