@@ -21,6 +21,7 @@ import ctypes
 import mmap
 import platform
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -81,6 +82,11 @@ def padded(rows: int) -> int:
     return -(-rows // step) * step
 
 
+_ROWS_TOGETHER = 128
+"""Up to which the experts of a group share the calls around their products. With few rows each, a call takes as long
+as what it does: 16 and 64 tokens in bfloat16 took 6 to 15% less."""
+
+
 class _Layout:
     """
     The padded order: the P rows of each expert that has pairs, by key. Rows beyond its M pairs repeat the last one, so
@@ -112,6 +118,17 @@ class _Layout:
     def matrices(self, stacks: list[torch.Tensor]) -> list[torch.Tensor]:
         """The matrix of each expert that has pairs."""
         return [stacks[group][slot] for group, slot in self.places]
+
+    def runs(self) -> Iterator[slice]:
+        """Neighbours in a group that have few rows between them, or one expert."""
+        first, rows = 0, 0
+        for expert, ((group, _), size) in enumerate(zip(self.places, self.sizes, strict=True)):
+            if expert > first and (group != self.places[first][0] or rows + size > _ROWS_TOGETHER):
+                yield slice(first, expert)
+                first, rows = expert, 0
+            rows += size
+        if self.sizes:
+            yield slice(first, len(self.sizes))
 
     def split(self, tensor_R: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The rows of each expert."""
@@ -208,18 +225,17 @@ def forward(
     layout = _Layout(order, position, counts, keys_per_group)
     rows_RH = layout.new_rows(hidden_states)
     saved = hidden_states.new_empty(saved_elements(index.numel(), gate_up) if save else 0)
+    parts = layout.split(layout.tokens_R), layout.split(rows_RH), layout.matrices(gate_up), layout.matrices(down)
     projections = layout.split_saved(saved, gate_up) if save else [None] * len(layout.sizes)
-    for tokens_P, projection, out_PH, gate_up_e, down_e in zip(
-        layout.split(layout.tokens_R),
-        projections,
-        layout.split(rows_RH),
-        layout.matrices(gate_up),
-        layout.matrices(down),
-        strict=True,
-    ):
-        projection = _linear(hidden_states.index_select(0, tokens_P), gate_up_e, projection)
+    for run in layout.runs():
+        tokens, outs, up_matrices, down_matrices = (part[run] for part in parts)
+        x = hidden_states.index_select(0, torch.cat(tokens) if len(tokens) > 1 else tokens[0])
+        made = map(_linear, x.split(layout.sizes[run]), up_matrices, projections[run])
+        projection = torch.cat(list(made)) if len(tokens) > 1 else next(made)
         gate, up = projection.chunk(2, dim=-1)
-        _linear(F.silu(gate).mul_(up), down_e, out_PH)
+        activations = F.silu(gate).mul_(up).split(layout.sizes[run])
+        for activation, matrix, out in zip(activations, down_matrices, outs, strict=True):
+            _linear(activation, matrix, out)
     return layout.combine(rows_RH, weights), saved, order, position, counts
 
 
