@@ -269,7 +269,7 @@ def timed(run: Callable, x: Inputs | None) -> float:
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000)  # about half a millisecond, in which the host gets ahead of the device
+    torch.cuda._sleep(6_000_000)  # about three milliseconds, in which the host gets ahead of the device
     begin.record()
     run(x)
     end.record()

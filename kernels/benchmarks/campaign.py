@@ -54,6 +54,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.dry and not torch.cuda.is_available():
         parser.error("no CUDA device is to be seen: --dry walks through it on the CPU")
+    if (options.out / "results.jsonl").exists():
+        parser.error(f"--out: {options.out} holds results already, choose another folder")
     return Campaign(options).run()
 
 
@@ -85,8 +87,7 @@ class Campaign(Results):
 
     def run(self) -> int:
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "results.jsonl").write_text("")
-        (self.out / "tuning_table.json").unlink(missing_ok=True)
+        (self.out / "results.jsonl").touch()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the summary is written all the same
         with tempfile.TemporaryDirectory() as packages:
             self.export_environment(Path(packages))
@@ -98,9 +99,9 @@ class Campaign(Results):
                 self.child("tables", "first", limit=0.35 * self.left())
                 for name in ("many", "decode", "some", "few"):
                     for _ in range(2):  # what ended a process is not tried again
-                        if self.child("sweep", name, limit=self.left() - (20 if self.dry else 130)) == 0:
+                        if self.child("sweep", name, limit=self.left() - (20 if self.dry else 160)) == 0:
                             break
-                self.child("tables", "tuned", limit=self.left() - 60)
+                self.child("tables", "tuned", limit=self.left() - (20 if self.dry else 90))
                 for name in MODELS:
                     self.model(name, self.left() / 2)
                 self.child("profile", limit=self.left())

@@ -79,17 +79,17 @@ class Phases(Results):
             self.record("check", label=label, name=name, ok=ok, detail=error)
             if not ok:
                 names.remove(name)
-        large, small = self.tokens["many"], self.tokens["some"]
-        options = SimpleNamespace(rounds=rounds, tokens=[large, small])
-        tables = benchmark_experts.gpu_tables(layer, options, ["C", *names])
-        for table in itertools.islice(tables, 4) if self.dry else tables:
-            self.record("table", label=label, **table)
         for name in ("many", "some", "decode"):
             alone = pieces.Pieces(layer, self.tokens[name])
             for kernel, (flops, moved) in alone.work.items():
                 s = alone.seconds(kernel)
                 rates = {"us": 1e6 * s, "tflops": flops / s / 1e12, "tbs": moved / s / 1e12}
                 self.record("kernel", label=label, shapes=name, kernel=kernel, **rates)
+        large, small = self.tokens["many"], self.tokens["some"]
+        options = SimpleNamespace(rounds=rounds, tokens=[large, small])
+        tables = benchmark_experts.gpu_tables(layer, options, ["C", *names])
+        for table in itertools.islice(tables, 4) if self.dry else tables:
+            self.record("table", label=label, **table)
         self.record("table", label=label, **rivals_table(layer, rounds, large))
         if not self.dry:
             self.record("table", label=label, **few_tokens(layer, 10 * rounds))

@@ -122,7 +122,7 @@ class Pieces:
         self.written = {
             "up": [activation[:used]],
             "down": [output],
-            "d_activation": [weighted[:used]],
+            "d_activation": [weighted[:used], d_pre[: 2 * used]],
             "d_weights": [*d_gate_up, *d_down],
             "d_rows": [d_rows],
         }
