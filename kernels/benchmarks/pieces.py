@@ -26,8 +26,10 @@ _DESCRIPTORS = [
     Config(128, 256, 64, 8, 3, 1, True, "descriptors"),
     Config(128, 128, 64, 8, 4, 1, True, "descriptors"),
 ]
+_TABLE = [Config(128, 128, 64, 8, 4, 1, False, "table"), Config(128, 128, 64, 8, 3, 1, True, "table")]
 _MANY = {
     "up": [
+        *_TABLE,
         Config(128, 128, 64, 8, 3, 1, True),
         Config(128, 128, 64, 8, 4, 1, True),
         Config(128, 64, 64, 4, 3, 2),
@@ -66,7 +68,7 @@ CANDIDATES: dict[str, dict[str, list[Config]]] = {
 
 TINY_CANDIDATES = {
     "decode": {
-        "up": [Config(16, 16, 32, 4, 2, 1)],
+        "up": [Config(16, 16, 32, 4, 2, 1), Config(16, 16, 16, 4, 2, 1, False, "table")],
         "down": [Config(16, 16, 16, 4, 2, 1, False, "descriptors"), Config(16, 16, 16, 4, 2, 1, False, "split")],
     }
 }
@@ -208,7 +210,7 @@ def sweep(pieces: Pieces, kernel: str, candidates: list[Config], known: dict, de
 
 def compile_one(layer: offline.Layer, tokens: int, kernel: str | None, tried: Config | None) -> dict:
     """Compile into the cache of all processes what a layer launches: everything, or one kernel at a candidate."""
-    names = {"up": "up_kernel", "d_activation": "d_activation_kernel", "d_weights": "d_weights_kernel"}
+    names = {"d_activation": "d_activation_kernel", "d_weights": "d_weights_kernel"}
     by_table, start = tuning.config, time.time()
     with mock.patch.object(tuning, "config", lambda k, *args: tried if k == kernel else by_table(k, *args)):
         launches = offline.launches(layer, tokens, torch.bfloat16, weights_dtype=torch.bfloat16)
@@ -217,6 +219,7 @@ def compile_one(layer: offline.Layer, tokens: int, kernel: str | None, tried: Co
         for launched, args, kwargs in launches
         if kernel is None
         or launched.__name__ == names.get(kernel)
+        or (kernel == "up" and launched.__name__.startswith(("up_", "tile_")))
         or kwargs.get("FACTOR") == {"down": 1, "d_rows": 2}.get(kernel, 0)
         or (kernel == "down" and "SPLITS" in kwargs)
     ]

@@ -75,7 +75,7 @@ def test_the_sweep_writes_the_table_that_kernels_read(pieces_module, tmp_path, m
     )
     campaign.sweep("decode")
     tiles = campaign.recorded("tile")
-    assert {tile["config"][-1] for tile in tiles} == {"", "descriptors", "split"}
+    assert {tile["config"][-1] for tile in tiles} == {"", "descriptors", "split", "table"}
     assert max(tile["error"] for tile in tiles) < 1e-2
     assert tmp_path / "tuning_table.json" == tuning.TABLE
     table = json.loads(tuning.TABLE.read_text())

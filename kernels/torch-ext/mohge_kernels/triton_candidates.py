@@ -1,11 +1,13 @@
-"""Other ways to do two of the steps, for the sweep of kernels/benchmarks/campaign.py to compare: none is measured, and
-none runs unless `tuning_table.json` names it in a `Config`. What does not win is to be deleted, with its line in
+"""Other ways to do some of the steps, for the sweep of kernels/benchmarks/campaign.py to compare: none is measured,
+and none runs unless `tuning_table.json` names it in a `Config`. What does not win is to be deleted, with its lines in
 `triton_experts.py`. Shapes as in `triton_forward.py`.
 
 descriptors  `down` and `d_rows`: the groups one after another in a loop that the compiler unrolls, so that widths are
              constants, and both operands are loaded through tensor descriptors, which the kernel makes
 split        `down`, of few rows: each tile's sum over the width in SPLITS parts, so that wide experts leave no long
              tiles for the end; a token's parts are added where its rows are
+table        `up`: a kernel of its own writes the list of tiles, so that none has to be found; if it wins, the sort's
+             prefix kernel is to write it, without a launch more
 """
 
 import torch
@@ -13,7 +15,17 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .triton_forward import find_tile, multiply_add, of_group, pack, pointer_of_group, ragged_layout, tiles_before
+from .triton_forward import (
+    find_tile,
+    multiply_add,
+    of_group,
+    pack,
+    pick,
+    pointer_of_group,
+    ragged_layout,
+    tiles_before,
+    up_tile,
+)
 
 
 SPLITS = 4
@@ -129,6 +141,65 @@ def combine_split_kernel(
             value += tl.load(parts + (row.to(tl.int64) * SPLITS + part) * H + h, mask=h < columns, other=0)
         acc += value * tl.load(weights + token * SLOTS + slot, mask=row >= 0, other=0).to(tl.float32)
     tl.store(output + token.to(tl.int64) * H + h, acc.to(output.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def tile_table_kernel(
+    counts, table, total,
+    WIDTHS: tl.constexpr, B: tl.constexpr, KEYS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One key: of each of its tiles the key, the number among those of the key, the key's first row and rows, and its
+    first element, in units of ALIGN."""
+    key, width, count, row_start, element_start = ragged_layout(counts, WIDTHS, B, KEYS, ALIGN)
+    tiles = tl.cdiv(count, BLOCK_M) * tl.cdiv(width, BLOCK_N)
+    tile_start = tiles_before(key, width, tiles, False, KEYS)
+    mine = key == tl.program_id(0)
+    number, rows = pick(mine, tiles), pick(mine, pack(row_start, count))
+    first, element = pick(mine, tile_start), pick(mine, element_start)
+    for start in range(0, number, CHUNK):
+        local = start + tl.arange(0, CHUNK)
+        entry, mask = table + (first + local) * 4, local < number
+        tl.store(entry, tl.program_id(0), mask=mask)
+        tl.store(entry + 1, local, mask=mask)
+        tl.store(entry + 2, rows, mask=mask)
+        tl.store(entry + 3, element, mask=mask)
+    if tl.program_id(0) == 0:
+        tl.store(total, tl.sum(tiles, axis=0))
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def up_by_table_kernel(
+    hidden, stride, gate_up, order, table, total, activation, pre, capacity, depth,
+    WIDTHS: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr, H: tl.constexpr, ALIGN: tl.constexpr,
+    SAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """What `up_kernel` computes forward."""
+    for tile in tl.range(tl.program_id(0), tl.load(total), tl.num_programs(0), flatten=FLATTEN):
+        entry = table + tile * 4
+        e, local, rows = tl.load(entry).to(tl.int32), tl.load(entry + 1).to(tl.int32), tl.load(entry + 2)
+        up_tile(
+            e, local, (rows >> 32).to(tl.int32), rows.to(tl.int32), tl.load(entry + 3) * ALIGN,
+            hidden, stride, gate_up, order, activation, pre, capacity, depth,
+            WIDTHS, B, SLOTS, H, True, SAVE, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+
+
+def up_by_table(layer, chosen: tuning.Config, options: dict, hidden_states, order, counts, activation, pre, capacity):
+    """In the place of `up_kernel`."""
+    layout = dict(layer.layout)
+    most = triton.cdiv(layer.pairs, chosen.block_m) + layer.keys_per_group * len(layer.widths)
+    table = layer.empty(most * triton.cdiv(max(layer.widths), chosen.block_n), 4, dtype=torch.int64)
+    total = layer.empty(1, dtype=torch.int32)
+    tile_table_kernel[(layer.keys_per_group * len(layer.widths),)](
+        counts, table, total, WIDTHS=layer.widths, B=layer.keys_per_group, KEYS=layout.pop("KEYS"),
+        ALIGN=layout["ALIGN"], BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, CHUNK=64,
+    )  # fmt: skip
+    up_by_table_kernel[(tuning.programs(chosen, layer.device),)](
+        hidden_states, hidden_states.stride(0), layer.gate_up, order, table, total, activation, pre, capacity,
+        layer.hidden_size, SLOTS=layer.slots, SAVE=capacity > 0, **layout, **options,
+    )  # fmt: skip
 
 
 def rows_by_group(layer, kernel: str, chosen: tuning.Config, options: dict, ragged, weights, counts, output):

@@ -87,6 +87,11 @@ class _Layer:
 
     def up(self, hidden_states, order, counts, activation, pre, capacity, recompute=False):
         chosen, options = self.tiles("up")
+        if chosen.variant and not recompute:
+            triton_candidates.up_by_table(
+                self, chosen, options, hidden_states, order, counts, activation, pre, capacity
+            )
+            return
         up_kernel[(tuning.programs(chosen, self.device),)](
             hidden_states, hidden_states.stride(0), self.gate_up, order, counts, activation, pre, capacity,
             self.hidden_size, SLOTS=self.slots, ACTIVATE=not recompute, SAVE=capacity > 0, RECOMPUTE=recompute,
