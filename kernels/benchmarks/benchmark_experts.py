@@ -32,6 +32,8 @@ import torch
 import transformers
 from layers import SHAPES, TOLERANCES, Inputs, Layer
 
+from mohge.training.benchmarks.machine import processor
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -333,17 +335,6 @@ def machine(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         **environment,
     }
-
-
-def processor() -> str:
-    """Name of the CPU, with the instructions that matter here."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in lines.items()}
-    known = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
-    return f"{fields.get('model name', platform.machine())} ({' '.join(known)})"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ expert, P = `padded(M)`, R = sum of P over the experts.
 
 What makes it fast (figures: benchmarks/results):
 
-- Each processor has the product that is fastest on it: float32 goes to oneDNN on AMD, and on Intel to MKL, as in
-  `F.linear` of PyTorch (`MKL_LEADS`).
+- Each processor has the product that is fastest on it: float32 goes to oneDNN or, as in `F.linear` of PyTorch, to MKL
+  (`_mkl_leads`).
 - Numbers of rows are rounded up to a few sizes. oneDNN generates code for every new shape, which takes as long as the
   product of some 50 rows, and keeps that of the latest 1024 shapes; traffic to experts has another shape every time.
 - A weight keeps the memory of its gradient for the next one, in huge pages: the first write to 82 MB of fresh memory
@@ -20,6 +20,7 @@ What makes it fast (figures: benchmarks/results):
 import ctypes
 import mmap
 import platform
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -322,7 +323,7 @@ def backward(
         if needs_weights:
             d_weights_e.copy_(torch.linalg.vecdot(d_activation, activation))
         if needs_down:
-            _linear(dy_PH.t(), activation.mul_(weights_P).t(), d_down_e)
+            _weight_gradient(dy_PH, activation.mul_(weights_P), d_down_e)
         if needs_hidden or needs_gate_up:
             d_projection = torch.empty_like(projection)
             d_gate, d_up = d_projection.chunk(2, dim=-1)
@@ -332,7 +333,7 @@ def backward(
         if needs_hidden:
             _linear(d_projection, gate_up_e.t(), d_rows)
         if needs_gate_up:
-            _linear(d_projection.t(), hidden_states.index_select(0, tokens_P).t(), d_gate_up_e)
+            _weight_gradient(d_projection, hidden_states.index_select(0, tokens_P), d_gate_up_e)
     gradients = [layout.combine(d_rows_RH)] if needs_hidden else []
     if needs_weights:
         gradients.append(d_weights_R[layout.row_TK])
@@ -360,15 +361,27 @@ def _sort(index_TK: torch.Tensor, key_of_expert: torch.Tensor, keys: int) -> tup
     return order_S.int(), position_S.int().view_as(keys_TK), counts.int()
 
 
-def _is_intel() -> bool:
-    """Whether Intel made the processor, as that says itself."""
+def _processor() -> tuple[str, int]:
+    """Who made the processor, and its family, as it says itself; "" and 0 where it does not."""
     information = Path("/proc/cpuinfo")
-    return "GenuineIntel" in (information.read_text() if information.exists() else platform.processor())
+    text = information.read_text() if information.exists() else platform.processor()
+    maker = next((maker for maker in ("GenuineIntel", "AuthenticAMD") if maker in text), "")
+    family = re.search(r"family\W+(\d+)", text, re.IGNORECASE)
+    return maker, int(family[1]) if family else 0
 
 
-MKL_LEADS = torch.backends.mkl.is_available() and _is_intel()
-"""By 1.2 to 2.1 times on an Intel Xeon with AVX-512 and without AMX, in float32; on AMD oneDNN leads. With MKL the
-last bits depend on where a weight lies in memory and on how many rows there are, as in all other layers of a model."""
+def _mkl_leads(maker: str, family: int) -> tuple[bool, bool]:
+    """Whether MKL leads in products with weights, and in gradients of weights, in float32: in both by 1.2 to 2.1 times
+    on an Intel Xeon with AVX-512 and without AMX; in the second by 1.4 to 2.7 on an AMD EPYC of family 25 (Zen 4). On
+    one of family 26 (Zen 5) oneDNN leads in both."""
+    if not torch.backends.mkl.is_available():
+        return False, False
+    return maker == "GenuineIntel", maker == "GenuineIntel" or (maker == "AuthenticAMD" and family < 26)
+
+
+MKL_LEADS, MKL_LEADS_IN_GRADIENTS = _mkl_leads(*_processor())
+"""With MKL the last bits depend on where a weight lies in memory and on how many rows there are, as in all other
+layers of a model. Gradients lie where PyTorch puts fresh memory, which is always aligned."""
 few_rows = 0
 """Products of float32 with at most so many rows go to MKL on AMD too: as the first of two matrices, and with two
 rows at least, it reads a weight about twice as fast as oneDNN, up to 8 rows; at 12 oneDNN is faster. Serving engines
@@ -386,3 +399,11 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = No
         result = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
         return result if out is None else out.copy_(result)
     return torch.mm(x, weight.t(), out=out)
+
+
+def _weight_gradient(rows: torch.Tensor, inputs: torch.Tensor, out: torch.Tensor):
+    """`rows.T @ inputs`, to its place."""
+    if MKL_LEADS_IN_GRADIENTS and rows.dtype == torch.float32:
+        torch.mm(rows.t(), inputs, out=out)
+    else:
+        _linear(rows.t(), inputs.t(), out)
