@@ -67,8 +67,8 @@ class Results:
 
     def record(self, kind: str, **what):
         line = {"kind": kind, "at": round(time.time()), **what}
-        with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with (self.out / "results.jsonl").open("ab", buffering=0) as file:  # whole lines, whoever writes or is killed
+            file.write(json.dumps(line).encode() + b"\n")
         print(json.dumps(line)[:300], flush=True)
 
     def recorded(self, kind: str, **wanted) -> list[dict]:
