@@ -8,9 +8,8 @@ and `--model MODEL --quantize int8 --output_dir FOLDER` quantises a model's expe
 import argparse
 import sys
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.commands.flags import FinetuneArguments
 from mohge.commands.main import main
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
@@ -39,85 +39,6 @@ from .recipe import (
     sole_run,
     train_and_save,
 )
-
-
-@dataclass
-class FinetuneArguments:
-    """What to fine-tune, on what, and how."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Model folder or Hub id; to merge without training, an adapter's folder."}
-    )
-    datasets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Data to train on: Hub ids, folders or files (txt, jsonl, json, csv, parquet), of text or of "
-            "conversations, which have a column messages, or prompt and completion. An entry may be a mapping with "
-            "options, such as '{path: org/name, name: configuration, split: train, column: text, weight: 0.3}'."
-        },
-    )
-    eval_datasets: list[str] | None = field(
-        default=None, metadata={"help": "Data to evaluate on, in the same form; give eval_strategy too."}
-    )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer. By default the model's."}
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "Jinja file with the chat template, saved with the tokenizer. By default the tokenizer's."},
-    )
-    assistant_only_loss: bool = field(
-        default=True,
-        metadata={
-            "help": "Train on the assistant's turns of messages only; the chat template must tell them by "
-            "{%% generation %%}. Of prompt and completion, completions are trained on."
-        },
-    )
-    dtype: Literal["float32", "bfloat16"] | None = field(
-        default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the model's."}
-    )
-    sequence_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a sequence: documents are packed into it, conversations are cut off there, and left "
-            "out if no answer begins before. By default 1024, or the model's context if that is shorter."
-        },
-    )
-    lora_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train adapters (LoRA) of this rank instead of all weights. On experts, groups get ranks "
-            "proportional to their width, with no more parameters than at this rank everywhere."
-        },
-    )
-    lora_targets: Literal["attention", "experts", "all"] = field(
-        default="all",
-        metadata={"help": "Where adapters are: all also has the shared expert and dense layers. Never on routers."},
-    )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank. By default 2 lora_rank."}
-    )
-    distill: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model folder or Hub id whose logits are the targets, instead of the text's next tokens: the "
-            "source that this model was made of, say."
-        },
-    )
-    merge: str | None = field(
-        default=None,
-        metadata={"help": "Folder to create for a plain model with the adapter merged in, checked against both."},
-    )
-    quantize: Literal["int8", "float8"] | None = field(
-        default=None,
-        metadata={
-            "help": "Quantise the experts (torchao), to train adapters on the attention beside them, or to save."
-        },
-    )
-    quantize_min_width: int = field(
-        default=0, metadata={"help": "Groups of experts narrower than this are not quantised."}
-    )
 
 
 def run(options: argparse.Namespace) -> int:

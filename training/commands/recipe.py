@@ -18,8 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from mohge.model_cards.records import parse_yaml
-from mohge.model_cards.shipped import shipped_file
+from mohge.model_cards.names import did_you_mean_path, parse_yaml, shipped_file
 from mohge.model_cards.writing import sole_writer, write_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import StopSignalCallback
@@ -184,7 +183,9 @@ def one_line_errors() -> Iterator[None]:
 def _as_arguments(recipe: str, parser: _Parser) -> list[str]:
     path = Path(recipe) if Path(recipe).exists() else shipped_file(recipe, RECIPE_NAME)
     if path is None:
-        raise ValueError(f"{recipe} is neither a file nor a shipped recipe: give a YAML file")
+        raise ValueError(
+            f"{recipe} is neither a file nor a shipped recipe: give a YAML file{did_you_mean_path(recipe)}"
+        )
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
