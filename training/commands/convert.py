@@ -1,6 +1,7 @@
 """The command `mohge convert`."""
 
 import argparse
+import sys
 from dataclasses import fields
 
 from mohge.conversion.listing import list_decoders
@@ -27,10 +28,10 @@ def run(options: argparse.Namespace) -> int:
     given = {option.name: getattr(options, option.name) for option in fields(Recipe)}
     plan = make_plan(load_recipe(options.recipe, **given))
     if options.dry_run:
-        settle(plan, progress=True)
+        settle(plan, progress=sys.stderr.isatty())
         print(plan.describe())
         return 0
-    report = convert(plan, progress=True)
+    report = convert(plan, progress=sys.stderr.isatty())
     print(summary(report))
     print(f"written: {plan.recipe.output}")
     return 0 if report["passed"] else 1

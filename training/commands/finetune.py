@@ -36,6 +36,7 @@ from .recipe import (
     open_run,
     parse_recipe,
     print_stopped,
+    print_written,
     sole_run,
     train_and_save,
 )
@@ -78,7 +79,12 @@ def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[s
     if not train_and_save(trainer, given, checkpoint):
         print_stopped("finetune", training)
         return 1
-    return _merge(training.output_dir, own) if own.merge is not None and training.should_save else 0
+    if own.merge is not None:
+        return _merge(training.output_dir, own) if training.should_save else 0
+    folder = training.output_dir
+    way = f"finetune --model {folder} --merge FOLDER" if adapters else f'generate {folder} "PROMPT"'
+    print_written(training, f"mohge {way}")
+    return 0
 
 
 def _adapters(own: FinetuneArguments, config: MoHGEConfig, output_dir: str) -> LoraConfig | None:
@@ -131,7 +137,7 @@ def _merge(adapter: str, own: FinetuneArguments) -> int:
         remedy = "" if check.dtype == torch.float32 else ", or give --dtype float32: its dtype rounds the adapter away"
         print(f"CHECK FAILED: the merged model is another; the adapter stays in {adapter}{remedy}")
         return 1
-    print(f"written: {own.merge}")
+    print(f'written: {own.merge}\nnext: mohge generate {own.merge} "PROMPT"')
     return 0
 
 

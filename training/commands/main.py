@@ -19,6 +19,8 @@ COMMANDS = {
     "simulate": "balance and step time of expert allocations on many devices",
     "evaluate": "perplexity of text, benchmark tasks, and what the router does",
     "serve_check": "compare the tokens of a serving engine with ours",
+    "generate": "continue a text, or answer it",
+    "chat": "talk with a model that has a chat template",
     "report": "one page about a training run or a model",
     "train": "pretrain or go on training, from a recipe",
     "finetune": "fine-tune all weights or adapters, merge adapters, quantise experts",
@@ -29,11 +31,7 @@ COMMANDS = {
 _NAMES = {"evaluate": "eval", "serve_check": "serve-check"}
 _TRAINING = ("train", "finetune")
 """Those that parse what follows themselves, with `TrainingArguments`."""
-_LEFT_BEHIND = {
-    "convert": "the same command goes on from here",
-    "train": "the same command goes on from the last checkpoint",
-    "finetune": "the same command goes on from the last checkpoint",
-}
+_LEFT_BEHIND = {"convert": "the same command goes on from here"}
 _NOTHING = "nothing was written"
 _PATIENCE = timedelta(seconds=10)
 """For the first of several ranks to say why it ends."""
@@ -57,10 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command with `arguments` (by default those of the process) and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next(iter(arguments), "")
+    if not sys.stderr.isatty():  # where a bar's control characters are in the way; before the libraries look
+        for library in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(library, "1")
     try:
         return _run(arguments, command)
-    except KeyboardInterrupt:
-        left = _LEFT_BEHIND.get(command, _NOTHING)
+    except KeyboardInterrupt as stop:
+        left = str(stop) or _LEFT_BEHIND.get(command, _NOTHING)
         print(f"\nmohge {command}: interrupted, {left}", file=sys.stderr)
         return 1
     except Exception as error:

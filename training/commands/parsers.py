@@ -161,6 +161,52 @@ def simulate(parser: argparse.ArgumentParser):
     parser.add_argument("--plot", metavar="FILE", help="picture to write: .png, .svg or .pdf")
 
 
+def _add_device(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the weights (default: as they were saved)",
+    )
+    parser.add_argument("--device", help="where to compute (default: the accelerator, or cpu)")
+
+
+def _add_generation(parser: argparse.ArgumentParser):
+    parser.add_argument("model", metavar="FOLDER", help="model folder or Hub id")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0: the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="draw among tokens of this probability together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="tokens at most (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, help="of what is drawn (default: another each time)")
+    _add_device(parser)
+
+
+def generate(parser: argparse.ArgumentParser):
+    """Add the arguments of `mohge generate`."""
+    _add_generation(parser)
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or to answer with the chat template")
+    parser.add_argument("--plain", action="store_true", help="continue the text although there is a chat template")
+
+
+def chat(parser: argparse.ArgumentParser):
+    """Add the arguments of `mohge chat`."""
+    _add_generation(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first question")
+
+
 def evaluate(parser: argparse.ArgumentParser):
     """Add the arguments of `mohge eval`."""
     parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
@@ -183,13 +229,7 @@ def evaluate(parser: argparse.ArgumentParser):
         help="tokens of a sequence, beyond which nothing is seen (default: 1024, or the model's context if shorter)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a batch (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the weights (default: as they were saved)",
-    )
-    parser.add_argument("--device", help="where to compute (default: the accelerator, or cpu)")
+    _add_device(parser)
     parser.add_argument(
         "--output", metavar="FILE", help=f"JSON file to add the results to (default: {EVALUATION_NAME} in MODEL)"
     )

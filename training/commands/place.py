@@ -122,13 +122,13 @@ def _as_text(config: MoHGEConfig, facts: dict, flops: dict[str, float], costs: d
         sizes = [len(experts) for layer in entry.layers for experts in layer.devices]
         experts = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
         lines.append(
-            f"{name.replace('_', '-'):<11} {experts:>9} {_short(max(entry.parameters)):>11} "
+            f"{name:<11} {experts:>9} {_short(max(entry.parameters)):>11} "
             f"{_gibibytes(max(entry.total_memory)):>10}  {_short(_mean(entry.expert_flops)):>9} "
             f"{_short(max(entry.expert_flops)):>9} {entry.flops_imbalance:>10.3f}  "
             f"{_short(_mean(entry.exchanged_bytes)) + 'B':>9} {_short(max(entry.exchanged_bytes)) + 'B':>10}"
         )
-    memory = costs["all_size"].memory
-    whole = {**flops, "routed_experts": _mean(costs["all_size"].expert_flops)}
+    memory = costs["all-size"].memory
+    whole = {**flops, "routed_experts": _mean(costs["all-size"].expert_flops)}
     lines += [
         "",
         "memory of a device, all-size (of each part the largest)",

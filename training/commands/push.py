@@ -16,16 +16,10 @@ def run(options: argparse.Namespace) -> int:
         ValueError: for bad usage or input.
         OSError: if the Hub cannot be reached or refuses.
     """
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
-
     from mohge.model_cards.push import checked_stage, push_folder
     from mohge.model_cards.staging import pushed_files
     from mohge.model_cards.verify import ReloadError
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-        disable_progress_bar()
     about = {"license": options.license, "language": options.language}
     try:
         if options.dry_run:

@@ -85,7 +85,7 @@ def _text(report: dict) -> str:
 
 
 _STYLES = {  # Okabe and Ito's colours, which the colour-blind can tell apart
-    "all_size": {"color": "#0072B2", "marker": "o"},
+    "all-size": {"color": "#0072B2", "marker": "o"},
     "contiguous": {"color": "#D55E00", "marker": "s"},
     "paired": {"color": "#009E73", "marker": "^"},
     "packed": {"color": "#CC79A7", "marker": "D"},

@@ -42,7 +42,16 @@ from mohge.training.loop.checkpointing import check_same_model, reading
 from mohge.training.loop.failure import writing
 from mohge.training.loop.trainer import MoHGETrainer
 
-from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, print_stopped, sole_run, train_and_save
+from .recipe import (
+    held_out_sources,
+    one_line_errors,
+    open_run,
+    parse_recipe,
+    print_stopped,
+    print_written,
+    sole_run,
+    train_and_save,
+)
 
 
 TOKENIZER_TEXT = 50_000_000
@@ -93,6 +102,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"`model` is missing: name a config, a model or one of {', '.join(shipped_recipes())}")
     with sole_run(training):
         if _pretrain(own, training, given):
+            folder = training.output_dir
+            print_written(training, f'mohge generate {folder} "PROMPT"', f"mohge report {folder}")
             return 0
     print_stopped("train", training)
     return 1
