@@ -14,7 +14,7 @@ from .lazy import lazy_names
 
 
 if TYPE_CHECKING:  # what a type checker reads
-    from .conversion.pipeline import convert_checkpoint as convert
+    from .conversion.api import convert
     from .registration import (
         MoHGEConfig,
         MoHGEForCausalLM,

@@ -1,15 +1,12 @@
 """The `mohge` command. Exit status: 0, 1 when a check or a run failed, 2 for bad usage or input."""
 
+import argparse
 import os
+import signal
 import sys
+import threading
 from datetime import timedelta
 from importlib import import_module
-
-from mohge import __version__
-from mohge.model_cards.names import check_there
-
-from . import parsers
-from .flags import check_flags
 
 
 COMMANDS = {
@@ -31,14 +28,22 @@ COMMANDS = {
 _NAMES = {"evaluate": "eval", "serve_check": "serve-check"}
 _TRAINING = ("train", "finetune")
 """Those that parse what follows themselves, with `TrainingArguments`."""
-_LEFT_BEHIND = {"convert": "the same command goes on from here"}
+_LEFT_BEHIND = {
+    "convert": "the same command goes on from here",
+    "generate": "the text ends here",
+    "chat": "the chat ends here",
+}
 _NOTHING = "nothing was written"
 _PATIENCE = timedelta(seconds=10)
 """For the first of several ranks to say why it ends."""
 
 
-def make_parser(only: str | None = None) -> parsers.Parser:
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands, or with the arguments of one `only`."""
+    from mohge import __version__
+
+    from . import parsers
+
     parser = parsers.Parser(prog="mohge", description="Heterogeneous mixture-of-experts language models.")
     parser.add_argument("--version", action="version", version=f"mohge {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -58,17 +63,36 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.stderr.isatty():  # where a bar's control characters are in the way; before the libraries look
         for library in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(library, "1")
+    interrupted = []
+
+    def interrupt(number, frame):
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    # In a thread, or where somebody else listens to Ctrl-C, or nobody shall, that stays as it is.
+    listens = threading.current_thread() is threading.main_thread()
+    listens = listens and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if listens:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return _run(arguments, command)
-    except KeyboardInterrupt as stop:
-        left = str(stop) or _LEFT_BEHIND.get(command, _NOTHING)
-        print(f"\nmohge {command}: interrupted, {left}", file=sys.stderr)
-        return 1
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped or interrupted:  # which some packages make an error of their own
+            left = (stopped and str(error)) or _LEFT_BEHIND.get(command, _NOTHING)
+            print(f"\nmohge {command}: interrupted, {left}", file=sys.stderr)
+            return 1
         return _end(command, error)
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run(arguments: list[str], command: str) -> int:
+    from mohge.model_cards.names import check_there
+
+    from .flags import check_flags
+
     parser = make_parser(command)
     trains = command in _TRAINING and not {"-h", "--help"} & {*arguments}
     options = parser.parse_args(arguments[:1] if trains else arguments)

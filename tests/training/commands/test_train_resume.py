@@ -188,7 +188,8 @@ def test_terminated_run_saves_the_step_that_was_running(kind, whole, inputs, cac
     ranks = Ranks(1, tmp_path / "logs", run_command_terminated_in_step, 5, None, cache, *flags)
     assert ranks.wait() == [1]
     lines = re.findall("^mohge.*", ranks.errors(), re.MULTILINE)
-    assert lines == ["mohge train: stopped, the same command goes on from here"]
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    assert lines == [f"mohge train: stopped, the same command goes on from here: {checkpoint}"]
     assert "Traceback" not in ranks.errors()
     assert get_last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-5")
     assert not (tmp_path / "run" / "model.safetensors").exists()
