@@ -1,13 +1,15 @@
 """What is answered at once: help, versions and wrong usage, without torch and transformers, which take seconds."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from mohge.commands.main import COMMANDS, make_parser
+from mohge.commands.main import COMMANDS, main, make_parser
 
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +31,8 @@ for command in commands:
     results.append([status, heavy, printed.getvalue()])
 print(json.dumps(results))
 """
-NAMES = ["info", "convert", "place", "simulate", "eval", "serve-check", "report", "train", "finetune", "push", "demo"]
+NAMES = ["info", "convert", "place", "simulate", "eval", "serve-check", "generate", "chat"]
+NAMES += ["report", "train", "finetune", "push", "demo"]
 QUICK = {
     "help": (["--help"], 0, "COMMAND"),
     "version": (["--version"], 0, "mohge 0."),
@@ -112,3 +115,58 @@ assert [*CONFIG_MAPPING].count("mohge") == 1
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "MoHGEForCausalLM True\n"
+
+
+# Ctrl-C.
+
+
+@pytest.fixture
+def _listens():
+    """As in a terminal; tests in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted_in_a_package(*args):
+    """Such as numpy, of which half has been imported."""
+    try:
+        interrupted()
+    except KeyboardInterrupt:
+        raise ImportError("cannot load module more than once per process") from None
+
+
+@pytest.mark.usefixtures("_listens")
+@pytest.mark.parametrize("run", [interrupted, interrupted_in_a_package])
+def test_interrupt_ends_any_command_with_one_line(run, monkeypatch, capsys):
+    for command, left in (
+        (["info", "tiny"], "nothing was written"),
+        (["convert", str(ROOT / "model_cards" / "tiny"), "out"], "the same command goes on from here"),
+        (["train", "tiny"], "nothing was written"),
+    ):
+        monkeypatch.setattr(f"mohge.commands.{command[0]}.run", run)
+        assert main(command) == 1
+        assert capsys.readouterr().err == f"\nmohge {command[0]}: interrupted, {left}\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_before_the_first_step_says_that_there_is_no_checkpoint(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mohge.commands.train.load_config", interrupt)
+    assert main(["train", "tiny", "--output_dir", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "\nmohge train: interrupted, no checkpoint was there yet\n"
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    assert main(["train", "tiny", "--output_dir", str(tmp_path / "run")]) == 1
+    assert f"the same command goes on from {tmp_path / 'run' / 'checkpoint-3'}" in capsys.readouterr().err
+
+
+def test_completion_is_made_of_the_parser():
+    shtab = pytest.importorskip("shtab")
+    script = shtab.complete(make_parser(), "bash")
+    assert all(word in script for word in ("serve-check", "--learning_rate", "--experts-per-group", "grouped_top_k"))
