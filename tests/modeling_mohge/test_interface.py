@@ -39,7 +39,7 @@ def test_convert_returns_the_receipt(tmp_path):
     make_source("olmoe", tmp_path / "source", bos_token_id=1, eos_token_id=2)
     receipt = mohge.convert(tmp_path / "source", tmp_path / "out", mode="regroup", experts_per_group=3)
     assert receipt["passed"]
-    assert MoHGEConfig.from_pretrained(tmp_path / "out").num_experts_per_group == 3
+    assert MoHGEConfig.from_pretrained(tmp_path / "out").num_experts_per_group == [3, 3]
 
 
 @pytest.mark.parametrize(

