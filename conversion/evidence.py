@@ -45,6 +45,8 @@ from .statistics import ExpertStatistics, LayerSaliency, observe_experts, refit
 LENGTH = 512
 """Tokens of a block, of models that take as many."""
 KEEP = (0.9, 0.8, 0.75, 0.6, 0.5)
+_OTHERS_AT = (0.75, 0.5)
+"""Where the other ways are measured, by one calibration text."""
 _PIECE = 36
 """Words of a piece in the task."""
 _CALIBRATION = 0.3
@@ -218,8 +220,10 @@ def measure(options: argparse.Namespace):
     if ("source", 1.0, 0) not in done:
         row = subject.measure(held_out, subject.widths, reference)
         write_row(options.results, facts | {"contestant": "source", "keep": 1.0, "seed": 0, "kept": 1.0} | row)
-    plans = [(seed, [(c, keep) for keep in KEEP for c in UNEQUAL + UNIFORM]) for seed in range(options.seeds)]
-    plans.append((0, [(c, keep) for keep in (0.75, 0.5) for c in WITHOUT_REFIT + OTHERS]))
+    # Where there is one expert, as in a dense model, all tokens use it.
+    main = UNEQUAL[: 1 if max(map(len, subject.widths)) == 1 else None] + UNIFORM
+    plans = [(seed, [(c, keep) for keep in options.keep for c in main]) for seed in range(options.seeds)]
+    plans.append((0, [(c, keep) for keep in options.keep if keep in _OTHERS_AT for c in WITHOUT_REFIT + OTHERS]))
     for seed, plan in plans:
         plan = [(c, keep) for c, keep in plan if (c.name, keep, seed) not in done]
         if not plan:
@@ -396,6 +400,7 @@ def main():
     command.add_argument("--kl-blocks", type=int, default=4)
     command.add_argument("--calibration-blocks", type=int, default=44)
     command.add_argument("--multiple", type=int, default=16)
+    command.add_argument("--keep", type=float, nargs="+", default=KEEP)
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=measure)
     command = commands.add_parser("compare")

@@ -123,6 +123,12 @@ def mohge_forward(
                 "instead; ask for it to silence this."
             )
         return grouped_mm_forward(experts, hidden_states, top_k_index, top_k_weights)
+    emulated = mohge_kernels.EMULATES_BFLOAT16 and dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
+    if emulated and not is_torchdynamo_compiling():
+        logger.warning_once(
+            "this processor has no instructions for bfloat16: with `dtype=torch.float32` experts are faster here, and "
+            "take twice the memory"
+        )
     packed = None
     if experts.config._experts_implementation == "mohge_prepacked" and dtype == gate_up[0].dtype:
         packed = _packed_experts(experts, gate_up, down)

@@ -147,35 +147,42 @@ class Layer:
         widths = self.width_of_id[index.unique()]
         return 3 * self.shape.hidden_size * int(widths.sum()) * self.dtype.itemsize
 
-    def check(self, name: str, tokens: int) -> float:
-        """The largest relative error of the output, with and without gradients, and of every gradient, expert by
-        expert, against float64."""
+    def check(self, names: list[str], tokens: int) -> dict[str, float]:
+        """Of each contestant the largest relative error of the output, with and without gradients, and of every
+        gradient, expert by expert, against float64."""
         x = self.inputs(tokens)
-        with torch.no_grad():
-            inferred = self.contestant(name)(x)
         x.hidden_states.requires_grad_()
         x.weights.requires_grad_()
-        parameters = self.parameters_of(name)
-        output = self.contestant(name)(x)
-        d_hidden, d_weights, *d_parameters = torch.autograd.grad(
-            output, [x.hidden_states, x.weights, *parameters], x.grad_output
-        )
-        expected = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in (output, d_hidden, d_weights)]
-        errors = []
-        for expert, matrices in enumerate(self.matrices(name)):
-            token, slot = torch.where(x.index == expert)
-            leaves = [t.detach().double().requires_grad_() for t in (x.hidden_states[token], x.weights[token, slot])]
-            leaves += [matrix.double().requires_grad_() for matrix in matrices]
-            gate, up = F.linear(leaves[0], leaves[2]).chunk(2, -1)
-            result = F.linear(F.silu(gate) * up, leaves[3]) * leaves[1][:, None]
-            gradients = torch.autograd.grad(result, leaves, x.grad_output[token].double())
-            expected[0].index_add_(0, token, result.detach())
-            expected[1].index_add_(0, token, gradients[0])
-            expected[2][token, slot] = gradients[1]
-            for got, want in zip(self._of_expert(name, d_parameters, expert), gradients[2:], strict=True):
-                errors.append(relative_error(got, want))
-        errors += [relative_error(*pair) for pair in zip((output, d_hidden, d_weights), expected, strict=True)]
-        return max(*errors, relative_error(inferred, expected[0]))
+        made = {name: self._results(name, x) for name in names}
+        errors = dict.fromkeys(names, 0.0)
+        by_weights = [[name for name in names if name != "uniform"], [name for name in names if name == "uniform"]]
+        for same in filter(None, by_weights):
+            expected = [torch.zeros_like(tensor, dtype=torch.float64) for tensor in made[same[0]][1:4]]
+            for expert, matrices in enumerate(self.matrices(same[0])):
+                token, slot = torch.where(x.index == expert)
+                taken = x.hidden_states[token], x.weights[token, slot], *matrices
+                leaves = [tensor.detach().double().requires_grad_() for tensor in taken]
+                gate, up = F.linear(leaves[0], leaves[2]).chunk(2, -1)
+                result = F.linear(F.silu(gate) * up, leaves[3]) * leaves[1][:, None]
+                gradients = torch.autograd.grad(result, leaves, x.grad_output[token].double())
+                expected[0].index_add_(0, token, result.detach())
+                expected[1].index_add_(0, token, gradients[0])
+                expected[2][token, slot] = gradients[1]
+                for name in same:
+                    of_expert = self._of_expert(name, made[name][4:], expert)
+                    errors[name] = max(errors[name], *map(relative_error, of_expert, gradients[2:]))
+            for name in same:
+                errors[name] = max(errors[name], *map(relative_error, made[name], [expected[0], *expected]))
+        return errors
+
+    def _results(self, name: str, x: Inputs) -> list[torch.Tensor]:
+        """The output without gradients and with them, and the gradients of hidden states, weights and parameters."""
+        run = self.contestant(name)
+        with torch.no_grad():
+            inferred = run(x)
+        output = run(x)
+        leaves = [x.hidden_states, x.weights, *self.parameters_of(name)]
+        return [inferred, output, *torch.autograd.grad(output, leaves, x.grad_output)]
 
     def _of_expert(self, name: str, gradients: list[torch.Tensor], expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         slot, group = divmod(expert, len(self.shape.widths))

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -552,8 +553,11 @@ def test_several_threads(name, device, dtype):
 
 
 PRODUCTS = {
-    "serving": {"few_rows": 8},
-    "without oneDNN": {"_ONEDNN_DTYPES": ()},
+    "Intel": {"MKL_LEADS": True, "MKL_LEADS_IN_GRADIENTS": True},
+    "AMD before family 26": {"MKL_LEADS": False, "MKL_LEADS_IN_GRADIENTS": True},
+    "AMD": {"MKL_LEADS": False, "MKL_LEADS_IN_GRADIENTS": False},
+    "AMD, serving": {"MKL_LEADS": False, "few_rows": 8},
+    "without MKL and oneDNN": {"MKL_LEADS": False, "MKL_LEADS_IN_GRADIENTS": False, "_ONEDNN_DTYPES": ()},
     "without bfloat16": {"_ONEDNN_DTYPES": (torch.float32,)},
 }
 """What decides which product is taken."""
@@ -569,6 +573,27 @@ def test_every_product(name, device, dtype, product, monkeypatch):
     case = CASES[name]
     layer, inputs = make_layer(case, device, dtype), make_inputs(case, device, dtype)
     assert_close(run(layer, inputs), run_reference(case, layer, inputs), dtype)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", (True, True)),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", (False, True)),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", (False, False)),
+        ("CPU implementer\t: 0x41\n", (False, False)),
+        (None, (False, True)),
+    ],
+    ids=["Intel", "Zen 4", "Zen 5", "ARM", "Windows"],
+)
+def test_products_go_by_the_processor(cpuinfo, expected, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: cpuinfo is not None)
+    monkeypatch.setattr(Path, "read_text", lambda path: cpuinfo)
+    monkeypatch.setattr("platform.processor", lambda: "AMD64 Family 25 Model 17 Stepping 1, AuthenticAMD")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert cpu._mkl_leads(*cpu._processor()) == expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert cpu._mkl_leads(*cpu._processor()) == (False, False)
 
 
 @each_implementation

@@ -478,13 +478,16 @@ def warnings_of_experts(monkeypatch) -> list[str]:
     return messages
 
 
+@pytest.mark.parametrize("emulates", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_run_where_there_are_some(dtype, warnings_of_experts):
+def test_kernels_run_where_there_are_some(dtype, emulates, warnings_of_experts, monkeypatch):
+    monkeypatch.setattr(experts_mohge.mohge_kernels, "EMULATES_BFLOAT16", emulates)
     experts, inputs = make_experts(Case(), dtype, "mohge"), make_inputs(Case(), dtype)
     with Operators() as called:
         experts(*inputs[:3])
     assert "mohge_kernels::swiglu_experts" in called.names
-    assert not warnings_of_experts
+    said = ["no instructions for bfloat16" in message for message in warnings_of_experts]
+    assert said == [True] * (emulates and dtype == torch.bfloat16)
 
 
 def without_kernels(experts, monkeypatch):
