@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.flags import FinetuneArguments
-from mohge.commands.main import main
+from mohge.commands.main import run_process
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
 from mohge.model_cards.shipped import load_config
@@ -228,7 +227,4 @@ def _model(
 
 
 if __name__ == "__main__":
-    status = main(["finetune", *sys.argv[1:]])
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(status)
+    run_process(["finetune", *sys.argv[1:]])

@@ -147,5 +147,14 @@ def _is_users(error: Exception) -> bool:
     return isinstance(error, ValueError | OSError | ImportError | StrictDataclassError | SafetensorError)
 
 
+def run_process(arguments: list[str] | None = None):
+    """Run the command as all that this process does, which may be one of several ranks."""
+    status = main(arguments)
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process()

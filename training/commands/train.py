@@ -1,6 +1,6 @@
 """
 Pretraining and continued training: `mohge train RECIPE`, and on several devices
-`accelerate launch --config_file accelerate.yaml -m mohge.commands.train RECIPE`; `mohge place` writes a launch.
+`accelerate launch --config_file accelerate.yaml -m mohge train RECIPE`; `mohge place` writes a launch.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -22,7 +21,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.commands.flags import PretrainArguments
-from mohge.commands.main import main
+from mohge.commands.main import run_process
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.info import model_without_memory
 from mohge.loading import load_model
@@ -220,7 +219,4 @@ def _characters(sources: list[TextSource], limit: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    status = main(["train", *sys.argv[1:]])
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(status)
+    run_process(["train", *sys.argv[1:]])

@@ -132,8 +132,8 @@ def test_launch_folder_works_from_anywhere(device, capsys, model, tmp_path, monk
     assert json.loads((target / "placement.json").read_text())["allocations"]["all-size"]["experts"]
     given = launch(target / "launch.sh", tmp_path / "elsewhere", "--max_steps", "5 6")
     assert given[:3] == ["launch", "--config_file", f"{target}/accelerate.yaml"]
-    assert given[3:7] == ["--machine_rank", "0", "-m", "mohge.commands.train"]
-    options = dict(zip(given[7::2], given[8::2], strict=True))
+    assert given[3:8] == ["--machine_rank", "0", "-m", "mohge", "train"]
+    options = dict(zip(given[8::2], given[9::2], strict=True))
     assert Path(options.pop("--model")).resolve() == tmp_path / "a model"
     assert options.pop("--use_cpu", "False") == str(device == "cpu")
     assert options == {
