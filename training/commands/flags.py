@@ -148,7 +148,6 @@ _MOST_USED = (
     *("logging_steps", "eval_strategy", "eval_steps", "save_steps", "save_total_limit", "report_to", "seed"),
     "resume_from_checkpoint",
 )
-_MOST_USED_HEADING = "most used flags of TrainingArguments"
 
 
 class _Flag(NamedTuple):
