@@ -20,6 +20,7 @@ from mohge.commands.flags import FinetuneArguments
 from mohge.commands.main import run_process
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
+from mohge.model_cards.names import may_be_on_hub, not_found
 from mohge.model_cards.shipped import load_config
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
@@ -63,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
         return _without_training(own, training)
     if (Path(own.model) / ADAPTER_CONFIG).exists():
         raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
+    if own.distill is not None and not Path(own.distill).exists() and not may_be_on_hub(own.distill):
+        raise ValueError(f"`distill`: {not_found(own.distill, 'a model folder or a Hub id')}")
     with sole_run(training):
         return _finetune(own, training, given)
 

@@ -1,14 +1,11 @@
 """Learning from another model's logits (Hinton et al., https://huggingface.co/papers/1503.02531)."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mohge.losses_mohge import at_least_one
-from mohge.model_cards.names import may_be_on_hub, not_found
 
 
 _OWN = ("labels", "shift_labels", "sequence_weights", "num_items_in_batch", "output_router_logits")
@@ -61,10 +58,8 @@ def load_teacher(name: str) -> PreTrainedModel:
     A language model from a folder or the Hub, in the dtype that it was saved in.
 
     Raises:
-        ValueError: if there is no such model, or some of its weights are not there.
+        ValueError: if some of its weights are not there.
     """
-    if not Path(name).exists() and not may_be_on_hub(name):
-        raise ValueError(f"`distill`: {not_found(name, 'a model folder or a Hub id')}")
     model, found = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True)
     missing = sorted(found["missing_keys"] | found["unexpected_keys"])
     if missing:
