@@ -91,7 +91,7 @@ def test_help_of_training_begins_with_our_flags(quick):
 
 ORDERS = {
     "package first": "import mohge\nfrom transformers import AutoConfig, AutoModelForCausalLM",
-    "configs first": "from transformers import AutoConfig\nimport mohge\nfrom transformers import AutoModelForCausalLM",
+    "between": "from transformers import AutoConfig\nimport mohge\nfrom transformers import AutoModelForCausalLM",
 }
 
 
