@@ -128,6 +128,7 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.pictures: list[str] = []
         self.alternatives: list[str] = []
+        self.tips: list[str] = []
         self.facts: dict[str, str] = {}
         self._tags: list[str] = []
         self._term = ""
@@ -139,10 +140,11 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
-        self.pictures += [values[name] for name in ("src", "srcset") if name in values]
-        if tag == "img":
-            self.alternatives.append(values["alt"])
-        if tag not in ("meta", "img", "source"):
+        if tag == "svg":
+            self.pictures.append(values["class"])
+            if values["class"] == "wide":
+                self.alternatives.append(values["aria-label"])
+        if tag != "meta":
             self._tags.append(tag)
 
     def handle_endtag(self, tag):
@@ -150,6 +152,9 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         where = self._tags[-1] if self._tags else ""
+        if "svg" in self._tags:
+            self.tips += [data] if where == "title" else []
+            return
         if where in ("style", "") or not data.strip():
             return
         self.words.append(data.strip())

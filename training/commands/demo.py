@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-import math
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     ProgressCallback,
     Qwen3Config,
@@ -25,8 +24,10 @@ from mohge.model_cards.writing import new_folder
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
 from mohge.training.data.packing import TextSource, batches, collate_packed, packed_blocks
 from mohge.training.loop.trainer import MoHGETrainer
-from mohge.training.report import evaluate_routing, format_router_table
+from mohge.training.report import RoutingEvaluation, evaluate_routing, format_router_table
 from mohge.training.report.page import Report, render, write_page
+from mohge.training.report.sample import for_terminal, pieces
+from mohge.training.report.verdict import against_control
 
 
 BLOCK = 256
@@ -34,6 +35,11 @@ BLOCK = 256
 BATCH = 8
 """Sequences of a training step."""
 VOCABULARY = 4096
+WIDTHS = [64, 128, 192, 256]
+"""Neurons of an expert of each group; the control's experts have the mean."""
+EXPERTS = 16
+HELD_OUT = 64
+"""Sequences of the text that perplexity and routing are measured on."""
 PROMPT = "def read_file(path):\n"
 
 # Each paper's losses. Coefficients of the two-level router are larger than the paper's 1e-5 and 5e-3, which are for
@@ -62,19 +68,20 @@ def run(options: argparse.Namespace) -> int:
     return run_demo(options.router, options.output, options.steps, options.seed)
 
 
-def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int = 0) -> int:
+def run_demo(router: str, output: str | None = None, steps: int = 150, seed: int = 0) -> int:
     """
-    Train, evaluate, save, reload and sample a small model on the Python standard library's own text.
+    Train, evaluate, save, reload and sample a small model on the Python standard library's own text, and train a
+    control to compare it with: as many experts of one width, and as many parameters.
 
     Args:
         router (`str`): A `router_type` of [`MoHGEConfig`].
         output (`str`, *optional*): Folder to create; by default `mohge-demo-{router}`, numbered if that exists.
-        steps (`int`, *optional*, defaults to 300): Optimizer steps of 2048 tokens.
+        steps (`int`, *optional*, defaults to 150): Optimizer steps of 2048 tokens, for each of the two models.
         seed (`int`, *optional*, defaults to 0): Seed of weights and data order.
 
     Returns:
-        `int`: 0, or 1 if the reloaded model differs, its cache changes what it computes, or training did not lower the
-        perplexity.
+        `int`: 0, or 1 if the reloaded model differs, its cache changes what it computes, or it predicts no better than
+        guessing.
 
     Raises:
         ValueError: if `steps` is not positive.
@@ -93,8 +100,6 @@ def run_demo(router: str, output: str | None = None, steps: int = 300, seed: int
 
 def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     started = time.perf_counter()
-    set_seed(seed)
-
     training_files, held_out_files = standard_library_texts()
     print(f"text: {len(training_files)} files to train on, {len(held_out_files)} held out", flush=True)
     tokenizer = train_tokenizer(training_files, VOCABULARY)
@@ -104,54 +109,54 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     )
     print(f"tokens: {len(training_set) * BLOCK:,} to train on, {len(held_out_set) * BLOCK:,} held out")
 
-    model = MoHGEForCausalLM(_config(router, tokenizer))
-    trainer = _trainer(model, training_set, held_out_set, folder, steps, seed)
-    before = _perplexity(trainer)
-    trainer.train()
-    after = _perplexity(trainer)
-    print(f"held-out perplexity: {before:,.1f} before training, {after:,.2f} after")
-    if not after < before:
-        print("CHECK FAILED: training did not lower the perplexity")
+    held_out_set = held_out_set.select(range(min(HELD_OUT, len(held_out_set))))
+    about = f"the first {len(held_out_set) * BLOCK:,} held-out tokens of Python's standard library"
+
+    config = _config(router, tokenizer, WIDTHS, EXPERTS // len(WIDTHS))
+    # A group of its own says nothing to a router that chooses groups.
+    uniform = _config("top_p" if router == "top_p" else "top_k", tokenizer, [sum(WIDTHS) // len(WIDTHS)], EXPERTS)
+    print(f"\n1 of 2: {EXPERTS} experts of {', '.join(map(str, WIDTHS))} neurons ({router})", flush=True)
+    trainer, evaluation = _train(config, training_set, held_out_set, folder, steps, seed)
+    print(f"2 of 2, the control: {EXPERTS} experts of {uniform.moe_intermediate_sizes[0]} neurons", flush=True)
+    control_trainer, control_evaluation = _train(uniform, training_set, held_out_set, folder, steps, seed)
+    learned = evaluation.perplexity < len(tokenizer)
+    if not learned:
+        print(f"CHECK FAILED: the perplexity is not below {len(tokenizer):,}, that of guessing")
 
     trainer.save_model(folder)
     trainer.save_state()  # which `mohge report` reads
     tokenizer.save_pretrained(folder)
-    model.eval()
+    model = trainer.model.eval()
     reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     for parameter in reloaded.parameters():
         # Weights mapped from a file are aligned differently in memory, and matrix kernels then round differently.
         parameter.data = parameter.data.clone()
-    sample = torch.tensor(held_out_set[:2]["input_ids"])
+    probe = torch.tensor(held_out_set[:2]["input_ids"])
     with torch.no_grad():
-        identical = torch.equal(model(sample).logits, reloaded(sample).logits)
+        identical = torch.equal(model(probe).logits, reloaded(probe).logits)
     print(f"saved and reloaded: logits {'identical' if identical else 'DIFFER (CHECK FAILED)'}")
-    error = cache_error(reloaded, sample[:, :64])
+    error = cache_error(reloaded, probe[:, :64])
     cache_works = error <= CACHE_TOLERANCE
     print(f"generated with a cache: logits differ by {error:.1g}{'' if cache_works else ' (CHECK FAILED)'}")
 
-    text = _continue(reloaded, AutoTokenizer.from_pretrained(folder))
-    print(f"\n{text}\n")
-    evaluated = held_out_set.select(range(min(32, len(held_out_set))))
-    routing = evaluate_routing(reloaded, batches(evaluated, BATCH))
-    print(format_router_table(routing.statistics))
-    about = f"Python's standard library, {len(routing.token_ids):,} held-out tokens"
-    print(describe_counts(model.config, [routing.statistics.routing(about)]))
     report = Report(
         f"mohge demo, {router}",
-        model.config,
+        config,
         trainer.state.log_history,
-        evaluation=routing,
+        evaluation=evaluation,
         tokenizer=tokenizer,
         text=about,
-        facts={
-            "held-out perplexity": f"{before:,.1f} before training, {after:,.2f} after",
-            "logits after reload": "identical" if identical else "different",
-        },
-        sample=text,
+        facts={"logits after reload": "identical" if identical else "different"},
+        sample=_sample(reloaded, tokenizer),
+        control=Report("the control", uniform, control_trainer.state.log_history, evaluation=control_evaluation),
     )
+    print(f"\n{for_terminal(pieces(report.sample, tokenizer), sys.stdout.isatty())}\n")
+    print(format_router_table(evaluation.statistics))
+    print(describe_counts(config, [evaluation.statistics.routing(about)]))
+    print(f"\n{against_control(report)}\n")
     write_page(render(report), folder / "report.html")
     print(f"done in {time.perf_counter() - started:.0f} s")
-    return identical and cache_works and after < before
+    return identical and cache_works and learned
 
 
 def _free_path(output: str | None, default: str) -> Path:
@@ -163,12 +168,7 @@ def _free_path(output: str | None, default: str) -> Path:
     return next(path for path in itertools.chain([Path(default)], numbered) if not path.exists())
 
 
-def _perplexity(trainer: MoHGETrainer) -> float:
-    loss = trainer.evaluate()["eval_loss"]
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def _config(router: str, tokenizer: PreTrainedTokenizerFast) -> MoHGEConfig:
+def _config(router: str, tokenizer: PreTrainedTokenizerFast, widths: list[int], experts: int) -> MoHGEConfig:
     backbone = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -183,8 +183,8 @@ def _config(router: str, tokenizer: PreTrainedTokenizerFast) -> MoHGEConfig:
     )
     return MoHGEConfig(
         backbone_config=backbone,
-        moe_intermediate_sizes=[64, 128, 192, 256],
-        num_experts_per_group=4,
+        moe_intermediate_sizes=widths,
+        num_experts_per_group=experts,
         num_experts_per_tok=4,
         shared_expert_intermediate_size=128,
         router_type=router,
@@ -200,14 +200,15 @@ class _QuietProgressCallback(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['lm_loss']:.3f}", max_vio=f"{logs['router/max_vio']:.2f}")
 
 
-def _trainer(
-    model: MoHGEForCausalLM, training_set: Dataset, held_out_set: Dataset, folder: Path, steps: int, seed: int
-) -> MoHGETrainer:
+def _train(
+    config: MoHGEConfig, training_set: Dataset, held_out_set: Dataset, folder: Path, steps: int, seed: int
+) -> tuple[MoHGETrainer, RoutingEvaluation]:
+    """Train a model, and measure it on what is held out."""
+    set_seed(seed)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=min(30, steps // 4),
@@ -218,21 +219,17 @@ def _trainer(
         report_to=[],
         seed=seed,
         use_cpu=True,
-        prediction_loss_only=True,
     )
     trainer = MoHGETrainer(
-        model=model,
-        args=arguments,
-        train_dataset=training_set,
-        eval_dataset=held_out_set,
-        data_collator=collate_packed,
+        model=MoHGEForCausalLM(config), args=arguments, train_dataset=training_set, data_collator=collate_packed
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_QuietProgressCallback())
-    return trainer
+    trainer.train()
+    return trainer, evaluate_routing(trainer.model, batches(held_out_set, BATCH))
 
 
-def _continue(model: MoHGEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> str:
+def _sample(model: MoHGEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> RoutingEvaluation:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    tokens = model.generate(**inputs, max_new_tokens=120, do_sample=True, temperature=0.7, top_k=40)
+    return evaluate_routing(model, [{"input_ids": tokens}])

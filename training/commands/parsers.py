@@ -252,7 +252,10 @@ def serve_check(parser: argparse.ArgumentParser):
 def report(parser: argparse.ArgumentParser):
     """Add the arguments of `mohge report`."""
     parser.add_argument(
-        "source", metavar="RUN_OR_MODEL", help="folder of a run (also one that is going on) or a model, or a Hub id"
+        "sources",
+        nargs="+",
+        metavar="RUN_OR_MODEL",
+        help="folder of a run (also one that is going on) or a model, or a Hub id; several are compared",
     )
     parser.add_argument(
         "--text",
@@ -266,7 +269,7 @@ def report(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--output",
         metavar="FILE.html",
-        help="page to write (default: report.html in the folder, or here if the model is on the Hub)",
+        help="page to write (default: report.html in the folder, or here for several, or for a model on the Hub)",
     )
 
 
@@ -294,7 +297,7 @@ def demo(parser: argparse.ArgumentParser):
         help="routing system: MoHGE, HMoE top-k, HMoE top-p or Hi-MoE (default: %(default)s)",
     )
     parser.add_argument("--output", help="folder to create for model, plots and page (default: mohge-demo-ROUTER)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 

@@ -2,7 +2,9 @@
 
 import itertools
 import random
+import re
 import sysconfig
+import zlib
 from pathlib import Path
 
 from datasets import Dataset
@@ -12,10 +14,16 @@ from transformers import PreTrainedTokenizerFast
 from mohge.model_cards.names import STANDARD_LIBRARY
 
 
+_DATA = re.compile(r"""\s*[\[({]*\s*[\d'"\\]""")
+"""How a line of a table begins: with a number or a string."""
+
+
 def standard_library_texts(characters: int = 5_000_000) -> tuple[list[str], list[str]]:
     """
     Texts of the standard library, to train on and held out: sources, with their docstrings, and the language reference
-    of `pydoc`, up to about `characters`. Every 20th file is held out.
+    of `pydoc`, up to about `characters`, of which a twentieth is held out. Whole families are held out, a top-level
+    module or package with what is named like it (`pickle`, `_pickle`), so that hardly a held-out line is trained on.
+    Tables, such as those of `encodings`, and files that mostly repeat others are left out.
 
     Raises:
         OSError: if this Python has no sources.
@@ -25,17 +33,37 @@ def standard_library_texts(characters: int = 5_000_000) -> tuple[list[str], list
     paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
     random.Random(0).shuffle(paths)
     paths.sort(key=lambda path: path.parent.name != "pydoc_data")  # prose first, whatever the limit cuts off
-    texts, total = [], 0
-    for path in paths:
-        if total >= characters:
-            break
-        text = path.read_text(encoding="utf-8", errors="replace")
-        texts.append(text)
-        total += len(text)
-    if total < 100_000:
+    held_out = [is_held_out(path.relative_to(root).parts[0]) for path in paths]
+    known: set[str] = set()
+    parts = []
+    for part, share in ((False, 0.95), (True, 0.05)):
+        texts, total = [], 0
+        for path in itertools.compress(paths, (held == part for held in held_out)):
+            if total >= share * characters:
+                break
+            text = path.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.splitlines() if line.strip()]
+            table = path.parent.name != "pydoc_data" and 2 * sum(map(bool, map(_DATA.match, lines))) > len(lines)
+            long = long_lines(text)
+            if table or 2 * sum(line in known for line in long) >= len(long):
+                continue
+            known.update(long)
+            texts.append(text)
+            total += len(text)
+        parts.append(texts)
+    if sum(map(len, itertools.chain(*parts))) < 100_000:
         raise FileNotFoundError(f"{root} has no Python sources to train on: run the demo with a full Python")
-    held_out = texts[10::20]
-    return [text for i, text in enumerate(texts) if i % 20 != 10], held_out
+    return parts[0], parts[1]
+
+
+def is_held_out(module: str) -> bool:
+    """Whether a top-level module or package of the standard library is held out: one of 20 is, by its name."""
+    return zlib.crc32(module.removesuffix(".py").strip("_").encode()) % 20 == 10
+
+
+def long_lines(text: str) -> list[str]:
+    """The lines that say something: those longer than 20 characters."""
+    return [line for line in map(str.strip, text.splitlines()) if len(line) > 20]
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:

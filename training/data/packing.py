@@ -142,7 +142,7 @@ def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
         files = []  # a licence or the like, beside the data
     if source.path == STANDARD_LIBRARY:
         splits = ("train", "validation")
-        generator, state = _standard_library_rows, {"python": sys.version}
+        generator, state = _standard_library_rows, {"python": sys.version, "rule": "families"}
     elif files:
         splits = ("train",)
         state = {"stamps": tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)}
@@ -164,7 +164,7 @@ def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
     return kind.from_generator(generator, gen_kwargs={"column": source.column, "split": source.split, **state})
 
 
-def _standard_library_rows(column: str, split: str, python: str) -> Iterator[dict]:
+def _standard_library_rows(column: str, split: str, python: str, rule: str) -> Iterator[dict]:
     texts = standard_library_texts()[0 if split == "train" else 1]
     yield from ({column: text, _BEGINS: True, _ENDS: True} for text in texts)
 

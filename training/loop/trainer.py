@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -113,7 +114,7 @@ class MoHGETrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._first_step is None:
-            self._first_step = self.state.global_step
+            self._first_step, self._began = self.state.global_step, time.perf_counter()
         # Trainer may take the labels away, and without them the model cannot tell each sequence's share of the batch.
         weights = self._share_of_targets(inputs, num_items_in_batch)
         if weights is not None:
@@ -152,6 +153,7 @@ class MoHGETrainer(Trainer):
     def _start_sums(self):
         model = base_model(self.model)
         self._first_step: int | None = None  # of the steps that the sums are over
+        self._began: float | None = None  # when; None if that was in the run that this one goes on from
         self._sums: dict[str, torch.Tensor] = {}
         dense = dense_parameters(model)
         self._statistics = RouterStatistics(model.config, dense) if model.config.sparse_layers else None
@@ -169,8 +171,11 @@ class MoHGETrainer(Trainer):
         logs.update(self._figures(steps=self.state.global_step - self._first_step))
         self.logged_tokens = 0 if self._statistics is None else float(self._statistics.tokens)
         load = self._statistics.counts if self._statistics is not None and self._statistics.tokens > 0 else None
+        tokens, began = self._statistics and float(self._statistics.tokens), self._began
         self._start_sums()
         super().log(logs, start_time)
+        if tokens and began is not None:  # in the record only: no two runs have the same
+            self.state.log_history[-1]["tokens_per_second"] = round(tokens / (time.perf_counter() - began), 1)
         if load is not None:  # in the record only: reports take numbers
             self._record_load([[round(count) for count in layer.tolist()] for layer in load])
 

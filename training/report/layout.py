@@ -37,3 +37,8 @@ def as_text(value: str | float | None) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+
+def as_perplexity(value: float) -> str:
+    """A perplexity as it stands everywhere."""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"

@@ -1,5 +1,6 @@
 """Where the tokens of a text go: expert choices and loss, token by token."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -101,8 +102,16 @@ class Decile(NamedTuple):
     difficulty: tuple[float, float]
     """Smallest and largest value of what the tokens were ordered by."""
     activated_width: float
+    error: float
+    """Of `activated_width`, for 95%."""
     group_share: torch.Tensor
     """[G] share of each group in the choices of these tokens."""
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of the values, and how far that of all such may lie from it: 1.96 standard errors, or NaN for one value."""
+    deviation = values.std(correction=1) if len(values) > 1 else math.nan
+    return float(values.mean()), 1.96 * float(deviation) / math.sqrt(len(values))
 
 
 def deciles(evaluation: RoutingEvaluation, difficulty: torch.Tensor) -> list[Decile]:
@@ -113,7 +122,7 @@ def deciles(evaluation: RoutingEvaluation, difficulty: torch.Tensor) -> list[Dec
     for tokens in order.tensor_split(min(10, len(order))):
         choices = evaluation.group_choices[tokens].sum(0)
         limits = float(difficulty[tokens[0]]), float(difficulty[tokens[-1]])
-        parts.append(Decile(limits, float(widths[tokens].mean()), choices / choices.sum()))
+        parts.append(Decile(limits, *mean_and_error(widths[tokens]), choices / choices.sum()))
     return parts
 
 
@@ -179,5 +188,6 @@ __all__ = [
     "deciles",
     "evaluate_routing",
     "format_router_table",
+    "mean_and_error",
     "top_tokens",
 ]

@@ -1,5 +1,6 @@
 """Figures of a training run: what its log says, step by step."""
 
+import math
 import re
 
 import numpy as np
@@ -10,29 +11,33 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from mohge import MoHGEConfig
 
 from .drawing import (
+    BLUE,
+    INK,
     LINES,
+    ORANGE,
     Exhibit,
-    add_color_bar,
-    draw_heat_map,
+    add_load_bar,
     draw_lines,
+    draw_loads,
     draw_reference,
     evenly,
+    legend_below,
     mark_bands,
+    mark_last,
     mark_steps,
+    plot,
 )
-from .layout import as_text, expert_order, group_labels, layer_numbers
+from .layout import as_perplexity, as_text, expert_order, group_labels, group_sizes, layer_numbers
 
 
 _ROWS = 50
 """Rows of a figure's table at most."""
 _PANELS = 6
 """Layers at most whose experts are drawn over time."""
-LOAD_LIMIT = 4.0
-"""Load, relative to an even one, beyond which colours do not change: one busy expert would darken all others."""
 
 
-def loss_exhibit(history: list[dict]) -> Exhibit | None:
-    """The losses, or None if none was logged."""
+def loss_curves(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """The losses that were logged, by name, as steps and values."""
     training = [entry for entry in history if "loss" in entry]
     curves = {}
     if any("lm_loss" in entry for entry in training):
@@ -45,7 +50,12 @@ def loss_exhibit(history: list[dict]) -> Exhibit | None:
             if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
                 name = "held out" if match[1] is None else f"held out, {match[1]}"
                 curves.setdefault(name, []).append((entry["step"], entry[key]))
-    curves = {name: points for name, points in curves.items() if points}
+    return {name: points for name, points in curves.items() if points}
+
+
+def loss_exhibit(history: list[dict]) -> Exhibit | None:
+    """The losses, or None if none was logged."""
+    curves = loss_curves(history)
     if not curves:
         return None
 
@@ -55,27 +65,72 @@ def loss_exhibit(history: list[dict]) -> Exhibit | None:
         for index, (name, points) in enumerate(curves.items()):
             steps, losses = zip(*points, strict=True)
             if name.startswith("training"):
-                style = {"color": "#0072B2"} if index == 0 else {"color": "#D55E00", "linestyle": "--"}
+                style = {"color": BLUE} if index == 0 else {"color": ORANGE, "linestyle": "--"}
             else:
-                style = {"color": "black", "linestyle": ":", "marker": held_out[index % 4], "linewidth": 1}
-            axes.plot(steps, losses, label=name, **style)
+                style = {"color": INK, "linestyle": ":", "marker": held_out[index % 4], "linewidth": 1}
+            plot(axes, steps, losses, name, **style)
         axes.set(xlabel="step", ylabel="loss, nats per token")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.legend(loc="upper right")
+        mark_last(axes, sorted({step for points in curves.values() for step, _ in points}))
+        legend_below(axes)
 
     ends = [
         f"{name}: {p[0][1]:.3f} at step {p[0][0]}, {p[-1][1]:.3f} at step {p[-1][0]}" for name, p in curves.items()
     ]
+    (step, first), (last_step, last) = (next(iter(curves.values()))[place] for place in (0, -1))
     by_step = {name: dict(points) for name, points in curves.items()}
     steps = evenly(sorted({step for points in by_step.values() for step in points}), _ROWS)
     return Exhibit(
         "Loss",
-        "Mean loss of a predicted token. The dashed line is what the optimizer sees.",
+        "Mean loss of a predicted token, in nats. The dashed line is what the optimizer sees. The axis does not "
+        "begin at 0.",
+        f"The loss in training went from {first:.3f} at step {step:,} to {last:.3f} at step {last_step:,}, that is a "
+        f"perplexity of {as_perplexity(math.exp(min(last, 700)))} on the text it is trained on.",
         f"Line chart of the loss against the step. {'; '.join(ends)}.",
         draw,
-        (300, 280),
+        (300 + 20 * len(curves), 280 + 20 * len(curves)),
         ["step", *curves],
         [[step, *(points.get(step) for points in by_step.values())] for step in steps],
+    )
+
+
+_OPTIMIZER = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens per second"}
+
+
+def optimizer_exhibit(history: list[dict]) -> Exhibit | None:
+    """Learning rate, gradient norm and speed over time, as far as they were logged, or None."""
+    logged = {name: [e for e in history if "loss" in e and e.get(name) is not None] for name in _OPTIMIZER}
+    logged = {name: entries for name, entries in logged.items() if entries}
+    if not logged:
+        return None
+
+    def draw(figure: Figure, narrow: bool):
+        panels = figure.subplots(*((len(logged), 1) if narrow else (1, len(logged))), squeeze=False).flat
+        for axes, (name, entries) in zip(panels, logged.items(), strict=True):
+            steps = [entry["step"] for entry in entries]
+            plot(axes, steps, [entry[name] for entry in entries], _OPTIMIZER[name], color=BLUE)
+            axes.set_ylim(0)
+            axes.yaxis.set_major_formatter(EngFormatter(sep="") if name == "tokens_per_second" else "{x:g}")
+            axes.set(title=_OPTIMIZER[name], xlabel="step")
+            mark_last(axes, steps)
+
+    said = []
+    for name, entries in logged.items():
+        values = [entry[name] for entry in entries]
+        largest = max(range(len(values)), key=values.__getitem__)
+        said.append(
+            f"{_OPTIMIZER[name]} had a median of {as_text(float(np.median(values)))} and was at most "
+            f"{as_text(values[largest])}, at step {entries[largest]['step']:,}"
+        )
+    entries = [entry for entry in history if any(name in entry for name in logged) and "loss" in entry]
+    return Exhibit(
+        "Optimizer and speed",
+        "Learning rate, norm of the gradient before it is clipped, and tokens per second, at each entry of the log.",
+        f"The {'; '.join(said)}.",
+        f"{len(logged)} line charts against the step.",
+        draw,
+        (230, 210 * len(logged)),
+        ["step", *(_OPTIMIZER[name] for name in logged)],
+        [[entry["step"], *(entry.get(name) for name in logged)] for entry in evenly(entries, _ROWS)],
     )
 
 
@@ -99,30 +154,35 @@ def router_exhibit(history: list[dict], config: MoHGEConfig, even: int, measured
     def draw(figure: Figure, narrow: bool):
         panels = figure.subplots(*((4, 1) if narrow else (2, 2))).flat
         for axes, (name, label) in zip(panels, _FIGURES.items(), strict=True):
-            axes.plot(steps, [entry[name] for entry in entries], color="#0072B2")
-            axes.margins(y=0.3)  # room for the references' labels
+            values = [entry[name] for entry in entries]
+            plot(axes, steps, values, label, color=BLUE)
             if name == "router/activated_parameters":
                 axes.yaxis.set_major_formatter(EngFormatter())
-                draw_reference(axes, even, "experts equally likely", right=False)
+                draw_reference(axes, even, "if experts were equally likely")
                 if measured is not None:
-                    draw_reference(axes, measured, "on the text")
+                    axes.axhline(measured, color=ORANGE, linestyle=":", label="on the text")
+                legend_below(axes, 1)
             elif name == "router/group_entropy":
-                draw_reference(axes, entropy, "groups equally likely", right=False)
-            else:
-                axes.set_ylim(bottom=0)
-                axes.yaxis.set_major_locator(MaxNLocator(5, integer=name == "router/dead_experts"))
+                draw_reference(axes, entropy, "if groups were equally likely")
+                legend_below(axes, 1)
+            axes.set_ylim(0, 1.1 * max(*values, axes.get_ylim()[1], 0.1))
+            if name == "router/dead_experts":
+                axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.set(title=label, xlabel="step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            mark_last(axes, steps)
 
     first, last = entries[0], entries[-1]
     changes = [f"{label}, {as_text(first[name])} to {as_text(last[name])}" for name, label in _FIGURES.items()]
     return Exhibit(
         "Router",
         "Over the tokens of each logging interval. Entropy and MaxVio (the busiest expert's load over the mean, minus "
-        "1) are means over layers; dead experts, those without a token, are counted over all layers.",
+        "1) are means over layers; dead experts, those without a token, are counted over all layers. Axes begin at 0.",
+        f"From the first entry to the last, MaxVio went from {first['router/max_vio']:.2f} to "
+        f"{last['router/max_vio']:.2f} and dead experts from {first['router/dead_experts']:,.0f} to "
+        f"{last['router/dead_experts']:,.0f}.",
         f"Four line charts against the step, first to last: {'; '.join(changes)}.",
         draw,
-        (420, 760),
+        (520, 900),
         ["step", *_FIGURES.values()],
         [[entry["step"], *(entry[name] for name in _FIGURES)] for entry in evenly(entries, _ROWS)],
     )
@@ -138,6 +198,8 @@ def group_exhibit(history: list[dict], config: MoHGEConfig) -> Exhibit | None:
     steps = [entry["step"] for entry in entries]
     choices = np.array([[entry[name] for name in names] for entry in entries])
     shares = choices / choices.sum(1, keepdims=True)
+    even = np.array(group_sizes(config), float) / sum(group_sizes(config))
+    most = int(np.argmax(np.abs(shares[-1] - shares[0])))
 
     def draw(figure: Figure, narrow: bool):
         axes = figure.subplots()
@@ -146,16 +208,19 @@ def group_exhibit(history: list[dict], config: MoHGEConfig) -> Exhibit | None:
             draw_lines(axes, steps, shares.T, labels)
             axes.set_ylabel("share of choices")
             return
-        image = draw_heat_map(axes, shares.T, shares.max())
+        loads = (shares / even).T
+        image = draw_loads(axes, loads, lambda row, column: f"group {labels[row]}, step {steps[column]:,}")
         mark_bands(axes, [1] * len(labels), labels, vertical=True)
         mark_steps(axes, steps, 5)
         axes.set_ylabel("group: width")
-        add_color_bar(figure, image, axes, "share of choices")
+        add_load_bar(figure, image, axes)
 
     ends = [f"{label}, {a:.1%} to {b:.1%}" for label, a, b in zip(labels, shares[0], shares[-1], strict=True)]
     return Exhibit(
         "Load per group",
         "Share of each group in the choices of each logging interval, over all layers. Labels are group: width.",
+        f"Group {labels[most]} changed most, from {shares[0][most]:.1%} of the choices to {shares[-1][most]:.1%}; an "
+        f"even share would be {even[most]:.1%}.",
         f"Share of each group in the choices against the step, first to last: {'; '.join(ends)}.",
         draw,
         (300, 300) if len(labels) <= LINES else (420, 460),
@@ -176,7 +241,8 @@ def expert_exhibit(history: list[dict], config: MoHGEConfig) -> Exhibit | None:
         counts = counts / counts.mean(1, keepdim=True).clamp(min=1e-9)
         loads.append(counts[:, expert_order(layer)].T.numpy())
     shown = evenly(range(len(layers)), _PANELS)
-    largest = max(loads[i].max() for i in shown)
+    most = max(shown, key=lambda i: loads[i].max())
+    busiest, when = np.unravel_index(np.argmax(loads[most]), loads[most].shape)
 
     def draw(figure: Figure, narrow: bool):
         high = panel_rows[narrow]
@@ -186,7 +252,10 @@ def expert_exhibit(history: list[dict], config: MoHGEConfig) -> Exhibit | None:
             axes.remove()
         for place, i in enumerate(shown):
             axes = grid.flat[place]
-            image = draw_heat_map(axes, loads[i], min(largest, LOAD_LIMIT))
+            experts = expert_order(layers[i])
+            image = draw_loads(
+                axes, loads[i], lambda row, column, ids=experts: f"expert {ids[row]}, step {steps[column]:,}"
+            )
             names = [str(group) for group in range(layers[i].num_groups)]
             mark_bands(axes, layers[i].expert_counts, names, vertical=True)
             mark_steps(axes, steps, 2 if narrow else 3)
@@ -195,7 +264,7 @@ def expert_exhibit(history: list[dict], config: MoHGEConfig) -> Exhibit | None:
                 axes.set_ylabel("group")
             if place + wide >= len(shown):
                 axes.set_xlabel("step")
-        add_color_bar(figure, image, [*grid.flat[: len(shown)]], "load, 1 = even", capped=largest > LOAD_LIMIT)
+        add_load_bar(figure, image, [*grid.flat[: len(shown)]])
 
     some = evenly(range(len(steps)), 5)
     of_all = "" if len(shown) == len(layers) else f" {len(shown)} of the {len(layers)} layers with experts."
@@ -204,8 +273,9 @@ def expert_exhibit(history: list[dict], config: MoHGEConfig) -> Exhibit | None:
         "Load per expert",
         f"Tokens that chose each expert in a logging interval, over the layer's mean.{of_all} A row is an expert, "
         "sorted by group and then by id; groups are numbered from narrow to wide.",
-        f"Heat maps of the load of every expert against the step, one for each layer. The largest load is "
-        f"{largest:.2f} times an even one.",
+        f"The largest load was {loads[most][busiest, when]:.2f} times an even one, of expert "
+        f"{expert_order(layers[most])[busiest]} of layer {numbers[most]}, at step {steps[when]:,}.",
+        "Heat maps of the load of every expert against the step, one for each layer.",
         draw,
         (100 + 200 * panel_rows[0], 110 + 170 * panel_rows[1]),
         ["layer", "expert", "group", *(f"step {steps[t]}" for t in some)],

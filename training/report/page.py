@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import jinja2
+import markupsafe
 
 from mohge.model_cards.writing import write_file
 
-from .drawing import as_data_uri
+from .comparison import comparison
+from .drawing import LINES, as_inline
 from .layout import as_text
 from .sections import sections
 from .subject import Report
@@ -18,18 +20,33 @@ GENERATOR = "mohge report"
 
 def render(report: Report) -> str:
     """The page as HTML. It needs nothing else: no network, no script."""
+    folder, kind = Path(report.source), "Training run" if report.history else "Model"
+    name = folder.resolve().name if folder.is_dir() else report.source
+    return _render(
+        name=name,
+        about=kind if name == report.source else f"{kind}, {report.source}",
+        tiles=report.tiles(),
+        facts=report.all_facts(),
+        sections=sections(report),
+    )
+
+
+def render_comparison(reports: list[Report]) -> str:
+    """A page that compares runs or models, at most [`LINES`]."""
+    about = ", ".join(report.source for report in reports)
+    return _render(name=f"{len(reports)} models", about=about, tiles=[], facts={}, sections=comparison(reports))
+
+
+def _render(**content) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cell": as_text, "image": as_data_uri}
+    environment.filters |= {
+        "cell": as_text,
+        "drawing": lambda exhibit, narrow: markupsafe.Markup(as_inline(exhibit, narrow)),
+    }
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    folder = Path(report.source)
-    return template.render(
-        generator=GENERATOR,
-        name=folder.resolve().name if folder.is_dir() else report.source,
-        report=report,
-        sections=sections(report),
-    )
+    return template.render(generator=GENERATOR, **content)
 
 
 def is_page(path: Path) -> bool:
@@ -43,4 +60,4 @@ def write_page(page: str, path: Path):
     write_file(path, page)
 
 
-__all__ = ["Report", "is_page", "render", "write_page"]
+__all__ = ["LINES", "Report", "is_page", "render", "render_comparison", "write_page"]

@@ -9,19 +9,24 @@ from mohge import MoHGEConfig
 
 from ..loop.metrics import RouterStatistics
 from .drawing import (
+    BLUE,
+    GAP,
     LINES,
     Exhibit,
-    add_color_bar,
-    draw_heat_map,
+    add_load_bar,
+    draw_loads,
     draw_reference,
     group_styles,
+    hover,
     label_right,
+    legend_below,
     mark_bands,
     mark_layers,
+    plot,
 )
 from .layout import group_labels, group_sizes, layer_numbers
 from .measure import RoutingEvaluation, deciles
-from .over_time import LOAD_LIMIT
+from .verdict import compare_tenths
 
 
 def load_exhibit(statistics: RouterStatistics, config: MoHGEConfig) -> Exhibit:
@@ -32,26 +37,29 @@ def load_exhibit(statistics: RouterStatistics, config: MoHGEConfig) -> Exhibit:
     for row, layer, count in zip(loads, statistics.layers, statistics.counts, strict=True):
         columns = starts[list(layer.expert_groups)] + np.array(layer.expert_slots)
         row[columns] = (count / count.mean().clamp(min=1e-9)).tolist()
-    largest, dead = np.nanmax(loads), np.argwhere(loads == 0)
+    dead = np.argwhere(loads == 0)
+    layer, busiest = np.unravel_index(np.nanargmax(loads), loads.shape)
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
 
     def draw(figure: Figure, narrow: bool):
         axes = figure.subplots()
-        image = draw_heat_map(axes, loads, min(largest, LOAD_LIMIT))
+        image = draw_loads(axes, loads, lambda row, column: f"layer {numbers[row]}, group {group_of[column]}")
         if len(dead):
             size = 3 if len(numbers) > 16 or loads.shape[1] > 64 else 6
             axes.plot(dead[:, 1], dead[:, 0], "x", color="white", markersize=size, rasterized=len(dead) > 300)
         mark_bands(axes, sizes, group_labels(config), vertical=False, number=4 if narrow else 8)
         mark_layers(axes, numbers)
         axes.set_xlabel("group: width")
-        add_color_bar(figure, image, axes, "load, 1 = even", capped=largest > LOAD_LIMIT)
+        add_load_bar(figure, image, axes)
 
     height = 150 + min(28 * len(numbers), 480)
     return Exhibit(
         "Load per expert and layer",
         "Tokens that chose each expert over the layer's mean. A column is an expert, sorted by group and then by id. "
-        "A cross is an expert that no token chose; a layer has no expert where it is grey.",
-        f"Heat map of the load of {starts[-1]} experts in {len(numbers)} layers. The largest load is {largest:.2f} "
-        f"times an even one; {len(dead)} experts have no token.",
+        "A cross is a dead expert, which no token chose; a layer has no expert where it is grey.",
+        f"The busiest expert, in group {group_of[busiest]} of layer {numbers[layer]}, has "
+        f"{loads[layer, busiest]:.2f} times an even load, and {len(dead)} experts have no token.",
+        f"Heat map of the load of {starts[-1]} experts in {len(numbers)} layers.",
         draw,
         (height, height + 20),
         ["layer", "group", "load of its experts, by id"],
@@ -73,23 +81,29 @@ def group_exhibit(statistics: RouterStatistics, config: MoHGEConfig) -> Exhibit:
     shares = 100 * statistics.group_share().cpu().double().numpy()
     for row, layer in zip(shares, statistics.layers, strict=True):
         row[layer.num_groups :] = np.nan
+    even = np.array(
+        [[*layer.expert_counts, *[0] * (len(labels) - layer.num_groups)] for layer in statistics.layers], float
+    )
+    loads = shares / 100 / np.where(even, even, np.nan) * even.sum(1, keepdims=True)
 
     def draw(figure: Figure, narrow: bool):
         axes = figure.subplots()
         numbered = len(numbers) <= 16 and len(labels) <= (8 if narrow else 12)
-        image = draw_heat_map(axes, shares, np.nanmax(shares), numbered)
+        cells = [[f"{share:.3g}" for share in row] for row in shares] if numbered else None
+        image = draw_loads(axes, loads, lambda row, column: f"layer {numbers[row]}, group {labels[column]}", cells)
         mark_bands(axes, [1] * len(labels), labels, vertical=False, number=4 if narrow else 8)
         mark_layers(axes, numbers)
         axes.set_xlabel("group: width")
-        add_color_bar(figure, image, axes, "% of the layer's choices")
+        add_load_bar(figure, image, axes)
 
     height = 150 + min(28 * len(numbers), 480)
     layer, group = np.unravel_index(np.nanargmax(shares), shares.shape)
     return Exhibit(
         "Groups per layer",
-        "Share of each group in the choices of each layer, in %.",
-        f"Heat map of the share of {len(labels)} groups in the choices of {len(numbers)} layers. The largest is "
-        f"{shares[layer, group]:.1f}%, of group {group} in layer {numbers[layer]}.",
+        "Share of each group in the choices of each layer, in % where there is room; colours compare it with its "
+        "share if all experts were equally loaded.",
+        f"The largest share is {shares[layer, group]:.1f}%, of group {group} in layer {numbers[layer]}.",
+        f"Heat map of the share of {len(labels)} groups in the choices of {len(numbers)} layers.",
         draw,
         (height, height + 20),
         ["layer", *labels],
@@ -114,17 +128,20 @@ def layer_exhibit(statistics: RouterStatistics, config: MoHGEConfig) -> Exhibit:
     def draw(figure: Figure, narrow: bool):
         panels = figure.subplots(*((len(charts), 1) if narrow else (1, len(charts))), squeeze=False).flat
         for axes, (title, values) in zip(panels, charts.items(), strict=True):
-            axes.plot(numbers, values, "o-", color="#0072B2")
+            plot(axes, numbers, values, title, marker="o", color=BLUE)
             if values is entropies:
-                axes.plot(numbers, limits, "--_", color="#6b7480", label="groups equally likely")
-                axes.legend(loc="lower right")
+                axes.plot(numbers, limits, "--_", color="#6b7480", label="if groups were equally likely")
+                legend_below(axes, 1)
             axes.set(title=title, xlabel="layer", xlim=(numbers[0] - 0.5, numbers[-1] + 0.5))
             axes.set_ylim(0, 1.15 * max(*axes.get_ylim(), 0.1))
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
     return Exhibit(
         "Entropy and balance of each layer",
-        "How evenly each layer's choices fall on groups, and how far the busiest expert is above the mean (MaxVio).",
+        "How evenly each layer's choices fall on groups, and how far the load of the busiest expert is above the mean "
+        "(MaxVio: its load over the mean, minus 1; 0 is even).",
+        f"Layer {numbers[int(np.argmax(busiest))]} is the least even, with a MaxVio of {max(busiest):.2f}, and layer "
+        f"{numbers[int(np.argmin(busiest))]} the most even, with {min(busiest):.2f}.",
         f"Two charts against the layer: entropy of group choice, {min(entropies):.2f} to {max(entropies):.2f} nats; "
         f"MaxVio, {min(busiest):.2f} to {max(busiest):.2f}.",
         draw,
@@ -135,53 +152,65 @@ def layer_exhibit(statistics: RouterStatistics, config: MoHGEConfig) -> Exhibit:
 
 
 def difficulty_exhibit(
-    evaluation: RoutingEvaluation, config: MoHGEConfig, difficulty: torch.Tensor, name: tuple[str, str], caption: str
+    evaluation: RoutingEvaluation,
+    config: MoHGEConfig,
+    difficulty: torch.Tensor,
+    name: tuple[str, str, str],
+    caption: str,
 ) -> Exhibit:
-    """Width and group chosen against a difficulty `[T]`, with its name and what its first decile is."""
-    of, first = name
+    """Width and group chosen against a difficulty `[T]`, with its name and what its first and last deciles are."""
+    of, first, last = name
     parts, labels = deciles(evaluation, difficulty), group_labels(config)
     position = np.arange(1, len(parts) + 1)
-    widths = [part.activated_width for part in parts]
+    widths = np.array([part.activated_width for part in parts])
     shares = np.stack([part.group_share.numpy() for part in parts], axis=1)  # [G, deciles]
 
     def draw(figure: Figure, narrow: bool):
         count = 1 if len(labels) == 1 else 2
         panels = figure.subplots(*((count, 1) if narrow else (1, count)), squeeze=False).flat
         for axes in panels:
-            axes.set(xlabel=f"decile of token {of} ({first})", xticks=position)
-        panels[0].plot(position, widths, "o-", color="#0072B2")
-        panels[0].set(title="activated width per layer")
+            axes.set(xlabel=f"decile of token {of} (1 = {first})", xticks=position)
+        panels[0].errorbar(position, widths, [part.error for part in parts], fmt="o-", capsize=3, color=BLUE)
+        panels[0].set(title="neurons per layer", ylim=(0, 1.15 * max(widths.max(), 1)))
         draw_reference(panels[0], float(evaluation.activated_width.mean()), "all tokens")
-        panels[0].margins(y=0.25)
+        legend_below(panels[0], len(panels[0].lines) - 1)
+        for n, part in zip(position, parts, strict=True):
+            hover(panels[0], n, part.activated_width, f"decile {n}: {part.activated_width:.1f} +-{part.error:.1f}")
         if count == 2:
             panels[1].set(title="share of groups")
-            draw_shares(panels[1], position, shares, labels)
+            _draw_shares(panels[1], position, shares, labels, config)
 
     return Exhibit(
         f"By {of}",
-        caption,
-        f"Activated width per layer against the decile of token {of} ({first}): {widths[0]:.1f} in the first, "
+        f"{caption} Neurons are the width of a token's experts together, mean over layers; bars are errors of the "
+        "mean for 95%, and the axis begins at 0.",
+        compare_tenths(parts, first, last),
+        f"Neurons per layer against the decile of token {of}: {widths[0]:.1f} in the first, the {first}, "
         f"{widths[-1]:.1f} in the last.",
         draw,
-        (300, 540 if len(labels) > 1 else 280),
-        ["decile", f"{of}, from", "to", "activated width", *labels],
+        (320, 580 if len(labels) > 1 else 300),
+        ["decile", f"{of}, from", "to", "neurons per layer", "error", *labels],
         [
-            [int(n), *part.difficulty, part.activated_width, *part.group_share.tolist()]
+            [int(n), *part.difficulty, part.activated_width, part.error, *part.group_share.tolist()]
             for n, part in zip(position, parts, strict=True)
         ],
     )
 
 
-def draw_shares(axes, position: np.ndarray, shares: np.ndarray, labels: list[str]):
+def _draw_shares(axes, position: np.ndarray, shares: np.ndarray, labels: list[str], config: MoHGEConfig):
     """Draw shares `[G, X]` as stacked bars, or as a heat map where there are many groups."""
     if len(labels) > LINES:
-        image = draw_heat_map(axes, shares, shares.max())
+        even = np.array(group_sizes(config), float)[:, None]
+        loads = shares / even * even.sum()
+        image = draw_loads(axes, loads, lambda row, column: f"group {labels[row]}, decile {position[column]}")
         mark_bands(axes, [1] * len(labels), labels, vertical=True)
         axes.set_xticks(position - 1, position)
-        add_color_bar(axes.figure, image, axes, "share of choices")
+        add_load_bar(axes.figure, image, axes)
         return
     bottoms = np.cumsum(shares, axis=0) - shares
-    for bottom, share, style in zip(bottoms, shares, group_styles(len(labels)), strict=True):
-        axes.bar(position, share, 0.9, bottom=bottom, color=style["color"], edgecolor="white", linewidth=0.8)
+    for label, bottom, share, style in zip(labels, bottoms, shares, group_styles(len(labels)), strict=True):
+        axes.bar(position, share, 0.9, bottom=bottom, color=style["color"], edgecolor=GAP, linewidth=0.8)
+        for x, y, height in zip(position, bottom, share, strict=True):
+            hover(axes, x - 0.45, y, f"group {label}, decile {x}: {height:.1%}", (0.9, height))
     axes.set(ylim=(0, 1), xlim=(0.4, position[-1] + 0.6))
     label_right(axes, bottoms[:, -1] + shares[:, -1] / 2, labels)

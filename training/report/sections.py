@@ -9,7 +9,9 @@ from . import over_time, routing
 from .drawing import Exhibit, evenly
 from .layout import group_labels
 from .measure import top_tokens
+from .sample import Piece, pieces
 from .subject import Report, span
+from .verdict import verdict
 
 
 _WIDTHS = 16
@@ -26,16 +28,22 @@ class Section(NamedTuple):
     """Column names, then rows."""
     tokens: list[tuple[str, str, list[tuple[str, int, float]]]] | None = None
     """Of each width its name, its share, and its tokens: text, number of occurrences, factor."""
-    text: str | None = None
+    sample: list[Piece] | None = None
 
 
 def sections(report: Report) -> list[Section]:
     """The sections in order."""
-    everything = [*_training(report), *_routing(report)]
+    said, everything = verdict(report), []
+    if said:
+        everything.append(Section("Verdict", said))
     if report.evaluation is not None:
-        everything += [_difficulty(report), _tokens(report)]
+        everything.append(_difficulty(report))
     if report.sample is not None:
-        everything.append(Section("Sample", text=report.sample))
+        note = "The prompt, then what was sampled. The stronger a token's ground, the more neurons it used."
+        everything.append(Section("Sample", [note], sample=pieces(report.sample, report.tokenizer)))
+    everything += [*_training(report), *_routing(report)]
+    if report.evaluation is not None:
+        everything.append(_tokens(report))
     return everything
 
 
@@ -46,7 +54,10 @@ def _training(report: Report) -> list[Section]:
             Section("Training", ["There is no training record here: in a run's folder, trainer_state.json holds it."])
         ]
     loss = over_time.loss_exhibit(history)
-    first = Section("Training", [] if loss else ["The run has logged no loss yet."], [loss] if loss else [])
+    optimizer = over_time.optimizer_exhibit(history)
+    first = Section(
+        "Training", [] if loss else ["The run has logged no loss yet."], [each for each in (loss, optimizer) if each]
+    )
     measured = None if report.evaluation is None else report.evaluation.statistics.activated_parameters()
     router = over_time.router_exhibit(history, config, report.sizes.activated, measured)
     groups = over_time.group_exhibit(history, config)
@@ -69,7 +80,10 @@ def _routing(report: Report) -> list[Section]:
     if statistics.num_groups > 1:
         exhibits.append(routing.group_exhibit(statistics, report.config))
     exhibits.append(routing.layer_exhibit(statistics, report.config))
-    notes = [f"Measured {where}."]
+    notes = [
+        f"Measured {where}. MaxVio is the load of the busiest expert over the mean, minus 1; dead experts get no "
+        "token; a group's share if even is what it would get if all experts were equally loaded."
+    ]
     if report.evaluation is None:
         notes.append(
             "To see perplexity, width against difficulty, and the tokens of each width, give text: --text FILE."
@@ -95,14 +109,14 @@ def _difficulty(report: Report) -> Section:
         evaluation,
         report.config,
         evaluation.token_loss,
-        ("loss", "1 = easiest"),
+        ("loss", "easiest", "hardest"),
         "Tokens in the order of the loss of the prediction that was made at them, in ten parts.",
     )
     by_frequency = routing.difficulty_exhibit(
         evaluation,
         report.config,
         frequency,
-        ("frequency", "1 = rarest"),
+        ("frequency", "rarest", "most frequent"),
         "Tokens in the order of how often they occur in the text, in ten parts.",
     )
     return Section("Width against difficulty", exhibits=[by_loss, by_frequency])

@@ -1,6 +1,6 @@
 """What a page is about, and the facts on top of it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,12 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mohge import MoHGEConfig
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
-from mohge.info import ParameterCounts, Routing, counts_as_routed, parameter_counts
+from mohge.info import ParameterCounts, RoutedCounts, Routing, counts_as_routed, parameter_counts
 
 from ..loop.metrics import RouterStatistics
 from ..loop.traffic import RouterTraffic
 from .drawing import evenly
-from .layout import group_labels
+from .layout import as_perplexity, group_labels
 from .measure import RoutingEvaluation
 
 
@@ -33,7 +33,8 @@ class Report:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed with `evaluation`.
         text (`str`, *optional*): What the text is.
         facts (`dict[str, str]`, *optional*): More lines for the list of facts.
-        sample (`str`, *optional*): Generated text.
+        sample ([`RoutingEvaluation`], *optional*): Generated text, with its routing.
+        control (`Report`, *optional*): A model to compare this one with, evaluated on the same text.
     """
 
     source: str
@@ -45,7 +46,8 @@ class Report:
     tokenizer: PreTrainedTokenizerBase | None = None
     text: str | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    sample: str | None = None
+    sample: RoutingEvaluation | None = None
+    control: "Report | None" = None
 
     @cached_property
     def sizes(self) -> ParameterCounts:
@@ -72,22 +74,22 @@ class Report:
     def tiles(self) -> list[tuple[str, str, str]]:
         """The figures that matter most: name, value, and what the value is of."""
         total, tiles = self.sizes.total, []
-        if self.evaluation is not None:
-            perplexity = self.evaluation.perplexity
-            tiles.append(
-                ("perplexity", f"{perplexity:,.2f}" if perplexity < 1000 else f"{perplexity:,.0f}", "on the text")
-            )
+        if self.evaluation is not None and self.control is None:  # which the verdict compares it with
+            tiles.append(("perplexity", as_perplexity(self.evaluation.perplexity), "on the text"))
         tiles.append(("parameters", _short(total), f"{total:,}"))
-        activated, when = self._activated()
+        activated, when = self.activated()
         tiles.append(("activated per token", _short(activated), f"{activated / total:.1%}, {when}"))
         statistics, where = self.newest_routing
         if statistics is not None:
             summary, experts = statistics.summary(), sum(map(len, statistics.counts))
-            tiles.append(("MaxVio", f"{summary['max_vio']:.2f}", where))
-            tiles.append(("dead experts", f"{summary['dead_experts']:,.0f}", f"of {experts:,}, {where}"))
+            tiles.append(("MaxVio", f"{summary['max_vio']:.2f}", f"busiest expert's load over even, minus 1, {where}"))
+            tiles.append(
+                ("dead experts", f"{summary['dead_experts']:,.0f}", f"without a token, of {experts:,}, {where}")
+            )
         return tiles
 
-    def _activated(self) -> tuple[float, str]:
+    def activated(self) -> tuple[float, str]:
+        """Parameters that a token passes through, and what that was counted on."""
         if self.evaluation is not None:
             return self.evaluation.statistics.activated_parameters(), "on the text"
         logged = [entry for entry in self.history if "router/activated_parameters" in entry]
@@ -95,12 +97,13 @@ class Report:
             return logged[-1]["router/activated_parameters"], f"logged at step {logged[-1]['step']:,}"
         return self.sizes.activated, "if experts are equally likely"
 
-    def _as_routed(self) -> Iterator[str]:
-        """What a token takes, for each text whose routing is known."""
+    def as_routed(self) -> list[tuple[str, RoutedCounts]]:
+        """What a token takes, for each text whose routing is known; first the one that was evaluated."""
         measured = [] if self.evaluation is None else [self.evaluation.statistics.routing(self.text or "the text")]
-        for text, tokens, per_expert in [*measured, *self.routings]:
-            counts = counts_as_routed(self.config, per_expert, tokens, self.sizes)
-            yield f"{counts.activated:,} ({counts.flops:,} FLOPs forward) on {text}"
+        return [
+            (text, counts_as_routed(self.config, per_expert, tokens, self.sizes))
+            for text, tokens, per_expert in [*measured, *self.routings]
+        ]
 
     def all_facts(self) -> dict[str, str]:
         """Lines about model, training and text."""
@@ -120,7 +123,10 @@ class Report:
             "router losses": ", ".join(f"{name} {value:g}" for name, value in coefficients.items() if value) or "none",
             "layers": f"{config.num_hidden_layers}, {len(layers)} with experts",
             "activated, equal traffic": f"{self.sizes.activated:,}",
-            "activated, as routed": "; ".join(self._as_routed()) or "not measured",
+            "activated, as routed": "; ".join(
+                f"{counts.activated:,} ({counts.flops:,} FLOPs forward) on {text}" for text, counts in self.as_routed()
+            )
+            or "not measured",
         }
         if self.history:
             facts["training"] = f"{max(entry['step'] for entry in self.history):,} steps"

@@ -56,8 +56,9 @@ def width_exhibit(config: MoHGEConfig) -> Exhibit | None:
         "Width of every expert",
         "A row is a layer, a cell an expert."
         + (" Experts of width 0 have been removed: they compute nothing and hold nothing." if removed else ""),
+        f"Widths go from {widths[0]} to {widths[-1]} neurons, and {removed} experts are removed.",
         f"Widths of {sum(layer.num_experts for layer in config.sparse_layers)} experts in {len(layers)} layers, "
-        f"{widths[0]} to {widths[-1]}; {removed} are removed. The table below has the same numbers.",
+        f"{widths[0]} to {widths[-1]}. The table below has the same numbers.",
         draw,
         (height, height + 30),
         ["layer", "experts", "of width"],

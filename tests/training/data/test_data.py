@@ -111,6 +111,19 @@ def test_standard_library():
     assert blocks(source, length=512, drop_last=False) == expected_blocks(ids, 512, drop_last=False)
 
 
+def test_held_out_files_are_neither_trained_on_nor_tables():
+    train, held_out = standard_library_texts()
+    known, kept = (
+        {line for text in texts for line in map(str.strip, text.splitlines())} for texts in (train, held_out)
+    )
+    lines = [line for line in kept if len(line) > 20]
+    assert sum(line in known for line in lines) < 0.05 * len(lines)
+    assert not any("codecs.charmap_build(decoding_table)" in text for text in train + held_out)
+    assert 150_000 < sum(map(len, held_out)) < 400_000
+    assert sum(map(len, train)) > 4_500_000
+    assert max(train, key=len).startswith("# -*- coding")  # the language reference, whose lines are strings, stays
+
+
 def test_part_of_a_split_and_another_column(tmp_path):
     lines = [json.dumps({"body": text, "text": "other"}) for text in DOCUMENTS]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -52,15 +53,16 @@ def make_page(*arguments) -> Page:
 def test_page_of_a_run_with_text_has_every_part(run):
     page = make_page(run, "--text", run.with_name("text.txt"))
     assert page.titles == [
-        *("run", "Training", "Loss"),
+        *("run", "Verdict", "Width against difficulty", "By loss", "By frequency"),
+        *("Training", "Loss", "Optimizer and speed"),
         *("Routing during training", "Load per group", "Load per expert", "Router"),
         *("Routing", "Load per expert and layer", "Groups per layer", "Entropy and balance of each layer"),
-        *("Width against difficulty", "By loss", "By frequency"),
-        *("Top tokens per width", "width 8", "width 16", "width 24", "width 40"),
+        *("Top tokens per width", "width 8", "width 16", "width 24", "width 40", "Facts"),
     ]
-    assert len(page.pictures) == 2 * len(page.alternatives) == 18
-    assert all(picture.startswith("data:image/svg+xml;base64,") for picture in page.pictures)
-    assert len(set(page.pictures)) == 18
+    assert page.pictures == 10 * ["wide", "narrow"]
+    assert len(set(page.alternatives)) == 10
+    assert any(re.fullmatch(r"training, language model: [\d.]+ at 24", tip) for tip in page.tips)
+    assert any(re.fullmatch(r"layer 2, group 3: [\d.]+ times even", tip) for tip in page.tips)
     assert page.facts["router"] == "two_level: 3 of 16 experts, from 2 of 4 groups"
     assert page.facts["router losses"] == "load_balancing 0.02, group 1e-05, expert 0.005"
     assert page.facts["training"] == "24 steps"
@@ -141,6 +143,7 @@ def test_record_of_a_plain_trainer_shows_its_loss_and_says_what_is_missing(run):
     page = make_page(run)
     assert "The run logged no router figures" in page.text
     assert "held out, b: 2.600 at step 2" in page.alternatives[0]
+    assert "from 3.000 at step 1 to 2.500 at step 2" in page.text
     assert "Load per group" not in page.titles
 
 
@@ -162,11 +165,13 @@ def test_page_of_an_unusual_model(name, tmp_path):
     page = make_page(tmp_path, "--text", tmp_path / "text.txt")
     layers = model.config.sparse_layers
     groups = max(layer.num_groups for layer in layers)
-    assert f"of {groups} " in page.alternatives[1] or groups == 1
-    assert f"in {len(layers)} layers" in page.alternatives[0]
+    loads = [text for text in page.alternatives if text.startswith("Heat map of the")]
+    assert f"of {groups} groups" in loads[-1] or groups == 1
+    assert f"in {len(layers)} layers" in loads[0]
+    assert "no clear difference" in page.text or "neurons per layer and the easiest tenth" in page.text
     assert ("Groups per layer" in page.titles) == (groups > 1)
     assert "nan" not in page.text.split()
-    assert page.titles[-1].startswith("Top tokens" if name == "one group" else ("width", "group"))
+    assert page.titles[-2].startswith("Top tokens" if name == "one group" else ("width", "group"))
     if name == "many groups":
         assert "16 of 128 widths are shown" in page.text
 
@@ -181,6 +186,26 @@ def test_text_of_others_is_escaped(run):
     assert "&lt;/script&gt;&lt;b&gt;" in content
     assert "<img src=x" not in content
     assert "<script" not in content
+
+
+def test_runs_are_compared_on_the_same_axes_and_in_one_table(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("run", "other$1$")
+    state = json.loads(Path("other$1$", "trainer_state.json").read_text())
+    for entry in state["log_history"]:
+        entry |= {name: entry[name] + 1 for name in ("lm_loss", "loss", "eval_loss") if name in entry}
+    Path("other$1$", "trainer_state.json").write_text(json.dumps(state))
+    assert main(["report", "run", "other$1$"]) == 0
+    page = Page(Path("report.html").read_text(encoding="utf-8"))
+    assert page.titles == ["2 models", "Verdict", "Loss in training", "Held-out loss"]
+    assert page.text.count("run has the best of the figures below, a loss of") == 1
+    config = read_record("run").config
+    rows = [page.words[page.words.index(name, page.words.index("run") + 1) :][:4] for name in ("run", "other$1$")]
+    total = f"{parameter_counts(config).total:,}"
+    logged = [e["router/activated_parameters"] for e in state["log_history"] if "router/activated_parameters" in e]
+    activated = f"{round(logged[-1]):,}"
+    assert [row[1:] for row in rows] == 2 * [["two_level", total, activated]]
+    assert any(tip.startswith("other$1$: ") for tip in page.tips)
 
 
 # Where the page goes, and bad input.
@@ -202,6 +227,9 @@ def test_page_goes_where_output_says_and_is_the_same_page_for_the_same_run(writt
         (["run", "--output", "mine.html"], "--output mine.html exists"),
         (["run", "--output", "run"], "--output run exists"),
         (["run", "--tokens", "1"], "--tokens is 1"),
+        (["run", "run"], "names run twice"),
+        (["run", "nowhere"], "nowhere does not exist"),
+        ([f"run{n}" for n in range(9)], "names 9: compare at most 8"),
         (["run", "--text", "text.md"], "its ending is .md"),
         (["run", "--text", "empty.txt"], "empty.txt"),
         (["run", "--text", "one.jsonl"], "--text one.jsonl has no two tokens in a row"),

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from report_runs import CONTEXT, EDGES, TEXT, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mohge import record_routing
 from mohge.training.report import evaluate_routing
 from mohge.training.report.drawing import group_styles
-from mohge.training.report.measure import deciles, top_tokens
+from mohge.training.report.measure import deciles, mean_and_error, top_tokens
 from mohge.training.report.record import read_record, read_text
 
 
@@ -87,6 +88,8 @@ def test_deciles_order_tokens_by_difficulty_and_leave_out_what_has_none():
     difficulty = torch.arange(50).flip(0).float()
     difficulty[:10] = float("nan")
     parts = deciles(make_evaluation(50), difficulty)
+    assert parts[0].error == 0 < parts[2].error
+    assert mean_and_error(torch.tensor([1.0, 3.0])) == pytest.approx((2.0, 1.96))
     assert [part.difficulty for part in parts] == [(4.0 * n, 4.0 * n + 3) for n in range(10)]
     assert parts[0].activated_width == 12  # tokens 46 to 49
     assert parts[0].group_share.tolist() == [0, 1]
@@ -131,7 +134,7 @@ def lab(linear: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_four_groups_stay_apart_without_all_colours(deficiency):
     """20 in L*a*b* is many times what the eye just tells apart, 2.3."""
-    srgb = np.array([style["color"][:3] for style in group_styles(4)])
+    srgb = np.array([to_rgb(style["color"]) for style in group_styles(4)])
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     seen = [lab(np.clip(np.array(DEFICIENCIES[deficiency]) @ color, 0, 1)) for color in linear]
     distances = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
