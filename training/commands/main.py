@@ -99,9 +99,9 @@ def _run(arguments: list[str], command: str) -> int:
     if trains:
         options.arguments = arguments[1:]
         check_flags(options.arguments, options.parser._option_string_actions)
-    for name in ("source", "model", "folder"):
-        if getattr(options, name, None):
-            check_there(getattr(options, name))
+    named = [getattr(options, name, None) for name in ("source", "model", "folder")]
+    for name in filter(None, [*named, *getattr(options, "sources", ())]):
+        check_there(name)
     return import_module(f".{options.module}", __package__).run(options)
 
 
