@@ -8,7 +8,6 @@ before anything is timed; medians are printed.
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -20,6 +19,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+from mohge.training.benchmarks.machine import processor
 
 from .calibration import Tokens
 from .pipeline import _Conversion, convert
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     options = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,")
+    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.dtype}")
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)

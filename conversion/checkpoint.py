@@ -24,7 +24,7 @@ from mohge.model_cards.folder import (
     read_json,
     weight_files,
 )
-from mohge.model_cards.records import is_hub_id
+from mohge.model_cards.names import may_be_on_hub, not_found
 
 from .decoders import Decoder, own
 
@@ -64,8 +64,10 @@ def find_source(
         fields = read_config(path)
         check(path, fields)
         return path, None, fields
-    if not is_hub_id(source):
+    if path.exists():
         raise ValueError(f"{source} is not a folder: give the folder of a checkpoint, or a Hub id such as org/name")
+    if not may_be_on_hub(source):
+        raise ValueError(not_found(source, "the folder of a checkpoint, or a Hub id such as org/name"))
     try:
         path = Path(snapshot_download(source, revision=revision, allow_patterns=["config.json", INDEX, *SIDE_FILES]))
         fields = read_config(path)

@@ -85,6 +85,8 @@ def plot(rows_of: dict[str, list[dict]], path: Path):
                     axes.plot(100 * drawn[:, 0], drawn[:, 1], style, label=contestant)
             axes.axhline(perplexity(source), color="grey", linewidth=0.8)
             axes.set(xlabel=f"neurons {label}, %", ylabel="perplexity", yscale="log", title=name)
+            for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis_format("{x:g}")
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
     figure.savefig(path, metadata={"Date": None})

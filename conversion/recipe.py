@@ -7,17 +7,13 @@ from typing import Literal
 import yaml
 from huggingface_hub.dataclasses import strict
 
-from mohge.model_cards.records import parse_yaml
+from mohge.model_cards.names import STANDARD_LIBRARY, did_you_mean, parse_yaml
 
 
 Mode = Literal["regroup", "trim", "copy", "residual", "split", "shards", "export"]
 Saliency = Literal["gradient", "contribution", "magnitude"]
 Budget = Literal["memory", "work"]
 Router = Literal["two_level", "top_k", "top_p", "grouped_top_k", "source"]
-
-
-STANDARD_LIBRARY = "standard-library"
-"""The text that is always there: Python's own, as in `mohge.training.data.corpus`."""
 
 
 def _option(default, text: str, with_calibration=None):
@@ -117,7 +113,10 @@ def load_recipe(path: str | None, **options) -> Recipe:
     known = {option.name for option in fields(Recipe)}
     unknown = sorted(str(name) for name in values.keys() - known)
     if unknown:
-        raise ValueError(f"{path} has the unknown option `{unknown[0]}`: use one of {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{path} has the unknown option `{unknown[0]}`: use one of "
+            f"{', '.join(sorted(known))}{did_you_mean(unknown[0], known)}"
+        )
     recipe = Recipe(**values | {name: value for name, value in options.items() if value is not None})
     for name in ("source", "output", "mode"):
         if not getattr(recipe, name):

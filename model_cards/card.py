@@ -12,7 +12,8 @@ from mohge import MoHGEConfig
 from mohge.info import counts_as_routed, describe, parameter_counts
 
 from .folder import PICTURE
-from .records import is_hub_id, read_record, recorded_routings
+from .names import is_hub_id
+from .records import read_record, recorded_routings
 
 
 TEMPLATE = Path(__file__).with_name("template.md")

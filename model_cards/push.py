@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from mohge.conversion.tokenizer import load_tokenizer
 
 from .card import MARKER, keep_card
-from .records import is_hub_id
+from .names import is_hub_id
 from .staging import is_stale, pushed_files, stage
 from .verify import verify
 from .writing import temporary_folder

@@ -3,19 +3,17 @@
 import json
 import re
 from pathlib import Path, PurePath
-from typing import Any
 
 import yaml
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from mohge import MoHGEConfig
 from mohge.info import Routing
 
+from .names import is_hub_id, parse_yaml
+
 
 _SECRETS = ("hub_token",)
 _FOLDERS = ("output", "output_dir", "logging_dir")
-_DATA = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".yaml")
 _ABSOLUTE = re.compile(r"/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\")
 _PLACE = re.compile(
     r"(?<![\w/\\:.<~@?-])(?:file:/{1,3})?"  # not inside of a URL, a tag, a pattern or a relative path
@@ -25,34 +23,6 @@ _PLACE = re.compile(
 """What goes before the last part of a path of some machine, which may stand in a longer text."""
 _OWN_PLACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 """Fields that transformers adds, which mean nothing elsewhere."""
-
-
-def is_hub_id(text: object) -> bool:
-    """Whether `text` has the form `namespace/name` of the Hub, and is nothing on this machine."""
-    if not isinstance(text, str) or not text.isprintable() or text.count("/") != 1 or text.endswith(_DATA):
-        return False
-    if Path(text).exists():
-        return False
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return True
-
-
-def parse_yaml(text: str) -> Any:
-    """
-    What YAML text says.
-
-    Raises:
-        ValueError: if it is none, or has too many levels.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    except RecursionError as error:
-        raise ValueError("it has too many levels") from error
 
 
 def read_record(folder: Path, name: str) -> dict:

@@ -1,24 +1,11 @@
-"""The recipes that come with the package: folders beside this file, each with a card, a config and a recipe."""
+"""Configs by what a command is given."""
 
 from pathlib import Path
 
 from mohge import MoHGEConfig
 
 from .folder import check_folder, read_json
-from .records import is_hub_id
-
-
-_FOLDER = Path(__file__).parent
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes."""
-    return sorted(path.parent.name for path in _FOLDER.glob("*/recipe.yaml"))
-
-
-def shipped_file(recipe: str, name: str) -> Path | None:
-    """The file `name` of the shipped recipe `recipe`; None if there is no such recipe."""
-    return _FOLDER / recipe / name if recipe in shipped_recipes() else None
+from .names import check_there, shipped_file
 
 
 def load_config(source: str) -> MoHGEConfig:
@@ -37,12 +24,8 @@ def load_config(source: str) -> MoHGEConfig:
         values = read_json(path)
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: give the folder of a saved model")
-    elif not path.exists() and not is_hub_id(source):
-        raise FileNotFoundError(
-            f"{source} does not exist: give a config.json, the folder of a saved model, or one of the recipes "
-            f"{', '.join(shipped_recipes())}"
-        )
     else:
+        check_there(source)
         if path.is_dir():
             check_folder(path)
         values, _ = MoHGEConfig.get_config_dict(source)

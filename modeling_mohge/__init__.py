@@ -1,34 +1,32 @@
 """mohge: heterogeneous mixture-of-experts language models for Hugging Face Transformers.
 
-Importing this package registers `model_type="mohge"` with the Auto classes of transformers.
+Importing this package registers `model_type="mohge"` with the Auto classes of transformers. What it offers is imported
+when it is asked for, by name or, of the Auto classes, by the first `"mohge"` that they meet: torch and transformers
+take seconds to import.
 """
 
-# First: it says in one line what the imports below cannot, where transformers is too old for them.
-from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
-from . import quiet  # isort: skip # noqa: F401
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-import transformers
-
-from . import modeling_mohge
-from .configuration_mohge import MoHGEConfig
-from .modeling_mohge import (
-    AUTO_MAP,
-    MoHGEForCausalLM,
-    MoHGEForSequenceClassification,
-    MoHGEForTokenClassification,
-    MoHGEModel,
-    MoHGEPreTrainedModel,
-    record_routing,
-)
+from . import quiet  # noqa: F401
+from .lazy import lazy_names
 
 
-transformers.AutoConfig.register("mohge", MoHGEConfig)
-# `save_pretrained` then copies the code beside the weights, for `trust_remote_code=True` where mohge is missing.
-MoHGEConfig.register_for_auto_class()
-for auto_class, path in AUTO_MAP.items():
-    model_class = getattr(modeling_mohge, path.rsplit(".", 1)[1])
-    getattr(transformers, auto_class).register(MoHGEConfig, model_class)
-    model_class.register_for_auto_class(auto_class)
+if TYPE_CHECKING:  # what a type checker reads
+    from .conversion.api import convert
+    from .registration import (
+        MoHGEConfig,
+        MoHGEForCausalLM,
+        MoHGEForSequenceClassification,
+        MoHGEForTokenClassification,
+        MoHGEModel,
+        MoHGEPreTrainedModel,
+        record_routing,
+    )
+    from .training.loop.trainer import MoHGETrainer
+
+    __version__: str
 
 __all__ = [
     "MoHGEConfig",
@@ -37,5 +35,42 @@ __all__ = [
     "MoHGEForTokenClassification",
     "MoHGEModel",
     "MoHGEPreTrainedModel",
+    "MoHGETrainer",
+    "__version__",
+    "convert",
     "record_routing",
 ]
+_ELSEWHERE = {"MoHGETrainer": "training.loop.trainer", "__version__": "version", "convert": "conversion.api"}
+__getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "registration") | _ELSEWHERE)
+
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+def _announce(auto):
+    """Let the table of config classes ask this package for the one of `"mohge"`, as it asks modules of its own."""
+    auto.CONFIG_MAPPING._mapping = {**auto.CONFIG_MAPPING_NAMES, "mohge": "MoHGEConfig"}
+    auto.CONFIG_MAPPING._modules["mohge"] = sys.modules[__name__]
+
+
+class _WhenImported:
+    """An import hook that announces this package as soon as that table is there."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_announce(module):
+            execute(module)
+            _announce(module)
+
+        spec.loader.exec_module = execute_and_announce
+        return spec
+
+
+if _AUTO in sys.modules:
+    _announce(sys.modules[_AUTO])
+else:
+    sys.meta_path.insert(0, _WhenImported())

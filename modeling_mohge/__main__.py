@@ -1,8 +1,6 @@
 """`python -m mohge`: see `mohge.commands`."""
 
-import sys
-
-from mohge.commands.main import main
+from mohge.commands.main import run_process
 
 
-sys.exit(main())
+run_process()

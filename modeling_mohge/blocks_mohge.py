@@ -121,6 +121,10 @@ class MoHGEExperts(nn.Module):
         self.register_buffer("key_of_expert", self._key_table(), persistent=False)
         self.meanwhile: Callable | None = None  # what expert parallelism runs while tokens travel
 
+    def extra_repr(self) -> str:
+        """What `print` says: the stacks of weights."""
+        return ", ".join(f"{name}: {list(stack.shape)}" for name, stack in self.named_parameters())
+
     def _key_table(self) -> torch.Tensor:
         kept = torch.tensor(self.expert_groups) - self.kept_groups.start
         return torch.where(kept < 0, self.key_to_skip, kept * self.keys_per_group + torch.tensor(self.expert_slots))

@@ -5,6 +5,7 @@ from .versions_mohge import OLDEST_TRANSFORMERS  # isort: skip # noqa: F401
 
 import copy
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -228,6 +229,7 @@ class MoHGEConfig(PreTrainedConfig):
         self.moe_intermediate_sizes = list(self.moe_intermediate_sizes)
         if not isinstance(self.num_experts_per_group, int):
             self.num_experts_per_group = list(self.num_experts_per_group)
+        self._refuse_near_misses(kwargs)
         for name, field in _DERIVED_FIELDS.items():
             if name in kwargs:
                 raise ValueError(f"`{name}` follows from the groups: set `{field}` instead")
@@ -252,6 +254,17 @@ class MoHGEConfig(PreTrainedConfig):
         self.validate_experts()
         self.validate_router()
         self.validate_router_losses()
+
+    def _refuse_near_misses(self, fields: dict):
+        """Refuse a field that nothing here has, and whose name is almost that of one: transformers keeps whatever it
+        is given, and would say nothing."""
+        inherited = {*PreTrainedConfig.__dataclass_fields__, *_fields_of(self.backbone_config.model_type)}
+        own = type(self).__dataclass_fields__.keys() - inherited
+        for name in sorted(fields.keys() - inherited - _DERIVED_FIELDS.keys()):
+            # Backbones have many fields, and other models some that differ from them in a letter or two.
+            near = difflib.get_close_matches(name, own, 1, 0.87) or difflib.get_close_matches(name, inherited, 1, 0.95)
+            if near:
+                raise ValueError(f"`{name}` is no field: did you mean `{near[0]}`?")
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

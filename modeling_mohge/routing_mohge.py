@@ -71,6 +71,15 @@ class ExpertTables(nn.Module):
             "widths_G": torch.tensor(self.config.moe_intermediate_sizes),
         }
 
+    def extra_repr(self) -> str:
+        """What `print` says: the router, and for each group how many experts of which width."""
+        config = self.config
+        chosen = f"top_k={config.num_experts_per_tok}"
+        if config.router_type == "two_level":
+            chosen += f" from {config.num_groups_per_tok} of {config.num_groups} groups"
+        groups = [f"{n} x {w}" for n, w in zip(config.expert_counts, config.moe_intermediate_sizes, strict=True)]
+        return f"{config.router_type}, {chosen}, experts x width: {', '.join(groups)}"
+
     @torch.no_grad()
     def fill_tables(self):
         """Fill the tables, which no checkpoint holds."""

@@ -1,6 +1,6 @@
 """Training of MoHGE models with Hugging Face Trainer."""
 
-from importlib import import_module
+from mohge.lazy import lazy_names
 
 
 _MODULES = {
@@ -12,21 +12,5 @@ _MODULES = {
     "RouterTraffic": "loop.traffic",
     "StopSignalCallback": "loop.callbacks",
 }
-
-
-def __getattr__(name: str):
-    """Import what is asked for: `Trainer` takes seconds to import, and most commands do without it."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-__all__ = [
-    "MoHGETrainer",
-    "PeerWatchdog",
-    "RouterLogCallback",
-    "RouterScheduleCallback",
-    "RouterStatistics",
-    "RouterTraffic",
-    "StopSignalCallback",
-]
+__all__ = [*_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

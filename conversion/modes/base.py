@@ -11,9 +11,10 @@ import torch.nn.functional as F
 
 from mohge import MoHGEConfig
 from mohge.backbones_mohge import FeedForward
+from mohge.model_cards.names import STANDARD_LIBRARY
 
 from ..decoders import Expert, LayerWeights, MoHGE, Source
-from ..recipe import STANDARD_LIBRARY, Recipe
+from ..recipe import Recipe
 from ..statistics import LayerSaliency
 
 

@@ -32,6 +32,8 @@ import torch
 import transformers
 from layers import SHAPES, TOLERANCES, Inputs, Layer
 
+from mohge.training.benchmarks.machine import processor
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,7 +271,7 @@ def timed(run: Callable, x: Inputs | None) -> float:
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000)  # about half a millisecond, in which the host gets ahead of the device
+    torch.cuda._sleep(6_000_000)  # about three milliseconds, in which the host gets ahead of the device
     begin.record()
     run(x)
     end.record()
@@ -333,17 +335,6 @@ def machine(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         **environment,
     }
-
-
-def processor() -> str:
-    """Name of the CPU, with the instructions that matter here."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    lines = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in lines.items()}
-    known = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
-    return f"{fields.get('model name', platform.machine())} ({' '.join(known)})"
 
 
 if __name__ == "__main__":

@@ -782,6 +782,71 @@ def test_captured_graph_follows_its_inputs(device):
         assert_close({"output": output}, {"output": run_reference(other, layer, new)["output"]})
 
 
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_captured_forward_and_backward_follow_their_inputs(device, dtype):
+    case = Case(tokens=40)
+    layer, inputs = make_layer(case, device, dtype), make_inputs(case, device, dtype)
+    run(layer, inputs)  # compiles
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        captured = run(layer, inputs)
+    for seed, other in enumerate((case, replace(case, allowed=(0, 1, 2)), replace(case, masked=1.0))):
+        new = make_inputs(other, device, dtype, seed=seed)
+        for name, tensor in inputs.tensors().items():
+            tensor.copy_(new.tensors()[name])
+        graph.replay()
+        assert_equal(captured, run(layer, new))
+
+
+# Buffers of more than 2^31 elements
+
+
+@pytest.mark.parametrize("device", ["interpreter"], indirect=True)
+def test_rows_beyond_2_to_31_elements(device):
+    """The kernel for what did not fit the saved pre-activations computes nothing of the expert before, which so may
+    have 2^27 rows; of the buffers nothing is touched but what it computes."""
+    from mohge_kernels import triton_experts
+
+    rows, before, hidden = 3, 2**27, 16
+    gate_up = [torch.randn(1, 2 * width, hidden) for width in (16, 20)]
+    down = [torch.randn(1, hidden, width) for width in (16, 20)]
+    x = torch.randn(2, hidden)
+    layer = triton_experts._Layer(x, gate_up, down, 1, 1)
+    first = 2 * before * 16
+    try:
+        order = torch.empty(before + rows, dtype=torch.int32)
+        pre = torch.empty(first + rows * 40, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("the system gives no address space of 9 GB")
+    order[before:] = torch.tensor([1, 0, 1])
+    counts = torch.tensor([before, rows], dtype=torch.int32)
+    layer.up(x, order, counts, None, pre, first, recompute=True)
+    expected = x[[1, 0, 1]] @ gate_up[1][0].T
+    torch.testing.assert_close(pre[first:].view(rows, 40).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@on_gpu
+def test_all_buffers_beyond_2_to_31_elements(device):
+    """Against the same tokens in pieces."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    case = Case(counts=(1, 1), widths=(1024, 4096), hidden_size=128, tokens=2**18, top_k=2)
+    layer, inputs = make_layer(case, device, torch.bfloat16), make_inputs(case, device, torch.bfloat16)
+    assert case.tokens * case.top_k * max(case.widths) >= 2**31
+    parts = [
+        dict(zip(inputs.tensors(), part, strict=True))
+        for part in zip(*(x.chunk(16) for x in inputs.tensors().values()), strict=True)
+    ]
+    pieces = [run(layer, Inputs(**part)) for part in parts]
+    expected = {}
+    for name in pieces[0]:
+        values = [piece[name] for piece in pieces]
+        expected[name] = sum(x.double() for x in values) if "[" in name else torch.cat(values).double()
+    for name, value in run(layer, inputs).items():
+        assert (value - expected[name]).norm() <= 1e-2 * expected[name].norm(), name
+
+
 # What surrounds a call
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from kernel_cases import assert_close, each_implementation
 
-from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge import MoHGEConfig, MoHGEForCausalLM, experts_mohge
 from mohge.routing_mohge import MoHGERouter
+from mohge_kernels import PackedExperts, cpu
 
 
 CONFIGS = {
@@ -62,3 +63,21 @@ def test_model_launches_the_kernels(device, launches):
     ids = torch.arange(14).view(2, 7)
     logits_and_gradients(model, ids)
     assert {"up_kernel", "rows_kernel", "combine_kernel", "route_kernel", "route_backward_kernel"} <= set(launches)
+
+
+@pytest.mark.parametrize("mkl_leads", [False, True], ids=["onednn", "mkl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prepacked_weights_generate_the_same_tokens(dtype, mkl_leads, monkeypatch):
+    """Whichever library multiplies the weights that are not packed."""
+    monkeypatch.setattr(cpu, "MKL_LEADS", mkl_leads)
+    model = make_model("two_level").to(dtype).eval()
+    if PackedExperts.reason_against(next(model.parameters())) is not None:
+        pytest.skip("this machine packs no such weights")
+    ids = torch.randint(0, 32, (3, 5), generator=torch.Generator().manual_seed(1))
+    tokens = {}
+    for implementation in ("mohge", "mohge_prepacked"):
+        model.set_experts_implementation(implementation)
+        tokens[implementation] = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    assert {model.model.layers[0].mlp.experts, model.model.layers[1].mlp.experts} <= set(experts_mohge._PACKED)
+    assert torch.equal(tokens["mohge"], tokens["mohge_prepacked"])
+    assert len(tokens["mohge"].unique()) > 8

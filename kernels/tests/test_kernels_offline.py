@@ -45,7 +45,8 @@ CASES = {
     "paper-bfloat16-32": (SORT_OF_FEW, "mma"),
     "large-bfloat16-32768": (SORT_OF_MANY, "wgmma"),
     "paper-float32-32768": (SORT_OF_MANY, None),
-    "odd-bfloat16-1000": (SORT_OF_MANY, None),
+    "many-bfloat16-32768": (SORT_OF_MANY, "wgmma"),
+    "odd-bfloat16-32768": (SORT_OF_MANY, None),
 }
 
 

@@ -199,7 +199,7 @@ def _launch(ranks: int, values: list[str]):
     """As a user does."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(_ACCELERATE_CONFIG)]
     done = subprocess.run(
-        [*command, "--num_processes", str(ranks), "-m", "mohge.commands.train", *values],
+        [*command, "--num_processes", str(ranks), "-m", "mohge", "train", *values],
         env={**os.environ, **_ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -213,9 +213,9 @@ def _launch(ranks: int, values: list[str]):
 
 
 def pretrain(*arguments: str):
-    """`python -m mohge.commands.train` with these arguments."""
-    sys.argv[1:] = arguments
-    runpy.run_module("mohge.commands.train", run_name="__main__", alter_sys=True)
+    """`python -m mohge train` with these arguments."""
+    sys.argv[1:] = ["train", *arguments]
+    runpy.run_module("mohge", run_name="__main__", alter_sys=True)
 
 
 def pretrain_without_variable(*arguments: str):

@@ -140,15 +140,23 @@ def run_command_until(moment: str, cache: Path, *flags: str):
     run_command(cache, *flags)
 
 
-def run_command_terminated_in_step(step: int, rank: int | None, cache: Path, *flags: str):
-    """The same, but SIGTERM comes (to rank `rank`) in the middle of `step`."""
+def run_command_terminated_in_step(
+    step: int, rank: int | None, cache: Path, *flags: str, number: int = signal.SIGTERM
+):
+    """The same, but the signal `number` comes (to rank `rank`) in the middle of `step`."""
 
     def reached(trainer: Trainer, *args, **kwargs) -> bool:
         here = rank is None or dist.get_rank() == rank
         return here and trainer.state.global_step == step - 1
 
-    signal_in(MoHGETrainer, "training_step", reached, signal.SIGTERM)
+    signal_in(MoHGETrainer, "training_step", reached, number)
     run_command(cache, *flags)
+
+
+def run_command_interrupted_in_step(step: int, cache: Path, *flags: str):
+    """The same, with Ctrl-C in a terminal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes in the background ignore
+    run_command_terminated_in_step(step, None, cache, *flags, number=signal.SIGINT)
 
 
 def run_command_of_each(cache: Path, flags_of_ranks: list[list[str]]):

@@ -14,7 +14,8 @@ from mohge import MoHGEConfig, MoHGEModel
 from mohge.commands.main import main
 from mohge.info import parameter_counts
 from mohge.model_cards.card import MARKER, draw_widths, keep_card, make_card
-from mohge.model_cards.records import is_hub_id, read_record
+from mohge.model_cards.names import is_hub_id
+from mohge.model_cards.records import read_record
 from mohge.model_cards.staging import is_stale, pushed_files, stage
 from mohge.training import RouterStatistics, RouterTraffic
 

@@ -78,6 +78,7 @@ sys.meta_path.remove(missing)
 set_version("0")
 import mohge
 
+mohge.MoHGEConfig
 logging.set_verbosity_error()
 set_version("1")
 importlib.reload(mohge.versions_mohge)
@@ -98,7 +99,7 @@ importlib.reload(mohge.versions_mohge)
 @pytest.mark.parametrize(
     ("modules", "oldest"),
     [
-        (["mohge"], OLDEST_TRANSFORMERS),
+        (["mohge.registration"], OLDEST_TRANSFORMERS),
         (["model.configuration_mohge", "model.modeling_mohge"], OLDEST_SERVING_TRANSFORMERS),
     ],
     ids=["package", "checkpoint"],

@@ -4,9 +4,16 @@ import platform
 from pathlib import Path
 
 
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
 def processor() -> str:
-    """The processor's name, where the system says it."""
+    """The processor's name, family and instructions that matter for products, where the system says them."""
     information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if not information.exists():
+        return platform.processor() or platform.machine()
+    lines = information.read_text(encoding="utf-8").splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    known = [name for name in _INSTRUCTIONS if name in fields.get("flags", "").split()]
+    family = f"family {fields['cpu family']}" if "cpu family" in fields else platform.machine()
+    return f"{fields.get('model name', 'processor')} ({', '.join([family, *known])})"

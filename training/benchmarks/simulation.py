@@ -102,7 +102,7 @@ def _run(options, config: MoHGEConfig, traffic: RouterTraffic | None, device: to
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     rows = torch.randn(most, config.hidden_size, device=device, dtype=dtype)
 
-    hardware = measure_hardware(config, allocations["all_size"][0].devices[rank], rows, clock, processors)
+    hardware = measure_hardware(config, allocations["all-size"][0].devices[rank], rows, clock, processors)
     contestants = {name: _Contestant(config, chosen, draws, rows, clock) for name, chosen in allocations.items()}
     errors = {name: contestant.check() for name, contestant in contestants.items()}
     passed = max(errors.values()) < (1e-4 if dtype == torch.float32 else 2e-2)

@@ -10,7 +10,6 @@ are printed.
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.blocks_mohge import MoHGESparseMoeBlock
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.info import counts_as_routed, parameter_counts
+from mohge.training.benchmarks.machine import processor
 from mohge.training.report.measure import evaluate_routing
 
 
@@ -252,13 +252,15 @@ def _print(measurements: dict[str, dict[str, list[float]]], options) -> None:
     print(
         f"hidden {options.hidden_size}, {options.layers} layers, widths {options.widths} x {options.experts_per_group}"
     )
-    print(f"\n{'tokens/s, median':<28}{'OLMoE':>12}{'two_level':>12}{'ratio':>8}{'top_k':>12}{'ratio':>8}")
+    print(f"\n{'tokens/s, median':<20}{'OLMoE':>10}{'two_level':>12}{'ratio':>22}{'top_k':>10}{'ratio':>22}")
     for name in ("training step", "decode"):
-        speed = {who: 1 / statistics.median(values) for who, values in measurements[name].items()}
-        olmoe, two_level, top_k = speed["OLMoE"], speed["MoHGE two_level"], speed["MoHGE top_k"]
-        print(
-            f"{name:<28}{olmoe:>12.1f}{two_level:>12.1f}{two_level / olmoe:>8.3f}{top_k:>12.1f}{top_k / olmoe:>8.3f}"
-        )
+        seconds, columns = measurements[name], []
+        olmoe = seconds["OLMoE"]
+        for who in ("MoHGE two_level", "MoHGE top_k"):
+            low, middle, high = _deciles([theirs / ours for theirs, ours in zip(olmoe, seconds[who], strict=True)])
+            ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+            columns.append(f"{1 / statistics.median(seconds[who]):>12.1f}{ratio:>22}")
+        print(f"{name:<20}{1 / statistics.median(olmoe):>10.1f}{''.join(columns)}")
     print(f"\n{'ms per ' + str(options.tokens) + ' tokens':<28}{'two_level':>12}{'top_k':>12}{'extra / layer':>16}")
     for name in ("layer, forward", "layer, forward + backward"):
         time_of = {who: statistics.median(v) * options.tokens * 1e3 for who, v in measurements[name].items()}
@@ -270,7 +272,7 @@ def _print(measurements: dict[str, dict[str, list[float]]], options) -> None:
 
 
 def _machine(options) -> dict[str, str]:
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "cpu"
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor()
     return {
         "device": f"{device}, {torch.get_num_threads()} threads",
         "dtype": options.dtype,

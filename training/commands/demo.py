@@ -63,19 +63,6 @@ ROUTER_LOSSES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of the command."""
-    parser.add_argument(
-        "--router",
-        choices=["two_level", "top_k", "top_p", "grouped_top_k"],
-        default="two_level",
-        help="routing system: MoHGE, HMoE top-k, HMoE top-p or Hi-MoE (default: %(default)s)",
-    )
-    parser.add_argument("--output", help="folder to create for model, plots and page (default: mohge-demo-ROUTER)")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-
-
 def run(options: argparse.Namespace) -> int:
     """Run the command with parsed arguments."""
     return run_demo(options.router, options.output, options.steps, options.seed)

@@ -24,40 +24,6 @@ _PIECE = 64
 """Batches whose routing is held token by token at the same time."""
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of the command."""
-    parser.add_argument("model", metavar="MODEL", help="model folder or Hub id")
-    parser.add_argument(
-        "--datasets",
-        nargs="+",
-        default=[],
-        metavar="SOURCE",
-        help="text to measure the perplexity of: Hub ids, folders, files (txt, jsonl, json, csv, parquet), "
-        "standard-library, or mappings such as '{path: org/name, split: validation}'",
-    )
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-evaluation-harness")
-    parser.add_argument("--include-path", metavar="FOLDER", help="folder of more tasks, as YAML")
-    parser.add_argument("--num-fewshot", type=int, help="examples in the context of a task (default: the task's)")
-    parser.add_argument("--limit", type=int, help="first examples of each task (default: all)")
-    parser.add_argument("--tokens", type=int, help="first tokens of each text, in whole sequences (default: all)")
-    parser.add_argument(
-        "--sequence-length",
-        type=int,
-        help="tokens of a sequence, beyond which nothing is seen (default: 1024, or the model's context if shorter)",
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences of a batch (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the weights (default: as they were saved)",
-    )
-    parser.add_argument("--device", help="where to compute (default: the accelerator, or cpu)")
-    parser.add_argument(
-        "--output", metavar="FILE", help=f"JSON file to add the results to (default: {EVALUATION_NAME} in MODEL)"
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """
     Run the command with parsed arguments.
@@ -69,17 +35,13 @@ def run(options: argparse.Namespace) -> int:
         ValueError: for bad usage or input; nothing is written then.
         OSError: if there is no such model.
     """
-    import torch
-
-    from mohge.conversion.tokenizer import required_tokenizer
     from mohge.info import describe_counts
-    from mohge.loading import load_model
     from mohge.model_cards.records import name_tokens
-    from mohge.model_cards.shipped import load_config, shipped_file
     from mohge.model_cards.writing import write_file
     from mohge.training.data.packing import absolute, check_sequence_length, parse_sources
     from mohge.training.report.measure import format_router_table
-    from mohge.training.tuning.lora import known_patterns
+
+    from .models import config_with_weights, load_on_device
 
     if not options.datasets and not options.tasks:
         raise ValueError("--datasets and --tasks are missing: name text or tasks to evaluate on")
@@ -88,20 +50,11 @@ def run(options: argparse.Namespace) -> int:
         if value is not None and value < (0 if name == "num_fewshot" else 1):
             raise ValueError(f"--{name.replace('_', '-')} is {value}: give a positive number")
     sources = parse_sources(options.datasets, "--datasets")
-    if shipped_file(options.model, "config.json") and not Path(options.model).exists():
-        raise ValueError(f"{options.model} is a recipe without weights: train it first (mohge train {options.model})")
-    config = load_config(options.model)
+    config = config_with_weights(options.model)
     file = _output_file(options)
     _read_results(file)  # before anything is computed
     length = check_sequence_length(options.sequence_length, config)
-    device = options.device or torch.accelerator.current_accelerator() or "cpu"
-    tokenizer = required_tokenizer(options.model)
-    with known_patterns():  # of adapters
-        model = load_model(options.model, dtype=options.dtype).eval()
-    try:
-        model.to(device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--device {device}: {error}") from error
+    model, tokenizer = load_on_device(options)
 
     new, statistics = [], None
     for task, metrics in _evaluate_tasks(model, tokenizer, options).items():

@@ -8,19 +8,19 @@ and `--model MODEL --quantize int8 --output_dir FOLDER` quantises a model's expe
 import argparse
 import sys
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
-from mohge.commands.main import main
+from mohge.commands.flags import FinetuneArguments
+from mohge.commands.main import run_process
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
+from mohge.model_cards.names import may_be_on_hub, not_found
 from mohge.model_cards.shipped import load_config
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
@@ -36,88 +36,10 @@ from .recipe import (
     open_run,
     parse_recipe,
     print_stopped,
+    print_written,
     sole_run,
     train_and_save,
 )
-
-
-@dataclass
-class FinetuneArguments:
-    """What to fine-tune, on what, and how."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Model folder or Hub id; to merge without training, an adapter's folder."}
-    )
-    datasets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Data to train on: Hub ids, folders or files (txt, jsonl, json, csv, parquet), of text or of "
-            "conversations, which have a column messages, or prompt and completion. An entry may be a mapping with "
-            "options, such as '{path: org/name, name: configuration, split: train, column: text, weight: 0.3}'."
-        },
-    )
-    eval_datasets: list[str] | None = field(
-        default=None, metadata={"help": "Data to evaluate on, in the same form; give eval_strategy too."}
-    )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the tokenizer. By default the model's."}
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={"help": "Jinja file with the chat template, saved with the tokenizer. By default the tokenizer's."},
-    )
-    assistant_only_loss: bool = field(
-        default=True,
-        metadata={
-            "help": "Train on the assistant's turns of messages only; the chat template must tell them by "
-            "{%% generation %%}. Of prompt and completion, completions are trained on."
-        },
-    )
-    dtype: Literal["float32", "bfloat16"] | None = field(
-        default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the model's."}
-    )
-    sequence_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a sequence: documents are packed into it, conversations are cut off there, and left "
-            "out if no answer begins before. By default 1024, or the model's context if that is shorter."
-        },
-    )
-    lora_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train adapters (LoRA) of this rank instead of all weights. On experts, groups get ranks "
-            "proportional to their width, with no more parameters than at this rank everywhere."
-        },
-    )
-    lora_targets: Literal["attention", "experts", "all"] = field(
-        default="all",
-        metadata={"help": "Where adapters are: all also has the shared expert and dense layers. Never on routers."},
-    )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Adapters are scaled by lora_alpha / lora_rank. By default 2 lora_rank."}
-    )
-    distill: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model folder or Hub id whose logits are the targets, instead of the text's next tokens: the "
-            "source that this model was made of, say."
-        },
-    )
-    merge: str | None = field(
-        default=None,
-        metadata={"help": "Folder to create for a plain model with the adapter merged in, checked against both."},
-    )
-    quantize: Literal["int8", "float8"] | None = field(
-        default=None,
-        metadata={
-            "help": "Quantise the experts (torchao), to train adapters on the attention beside them, or to save."
-        },
-    )
-    quantize_min_width: int = field(
-        default=0, metadata={"help": "Groups of experts narrower than this are not quantised."}
-    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -142,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
         return _without_training(own, training)
     if (Path(own.model) / ADAPTER_CONFIG).exists():
         raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
+    if own.distill is not None and not Path(own.distill).exists() and not may_be_on_hub(own.distill):
+        raise ValueError(f"`distill`: {not_found(own.distill, 'a model folder or a Hub id')}")
     with sole_run(training):
         return _finetune(own, training, given)
 
@@ -157,7 +81,12 @@ def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[s
     if not train_and_save(trainer, given, checkpoint):
         print_stopped("finetune", training)
         return 1
-    return _merge(training.output_dir, own) if own.merge is not None and training.should_save else 0
+    if own.merge is not None:
+        return _merge(training.output_dir, own) if training.should_save else 0
+    folder = training.output_dir
+    way = f"finetune --model {folder} --merge FOLDER" if adapters else f'generate {folder} "PROMPT"'
+    print_written(training, f"mohge {way}")
+    return 0
 
 
 def _adapters(own: FinetuneArguments, config: MoHGEConfig, output_dir: str) -> LoraConfig | None:
@@ -210,7 +139,7 @@ def _merge(adapter: str, own: FinetuneArguments) -> int:
         remedy = "" if check.dtype == torch.float32 else ", or give --dtype float32: its dtype rounds the adapter away"
         print(f"CHECK FAILED: the merged model is another; the adapter stays in {adapter}{remedy}")
         return 1
-    print(f"written: {own.merge}")
+    print(f'written: {own.merge}\nnext: mohge generate {own.merge} "PROMPT"')
     return 0
 
 
@@ -301,7 +230,4 @@ def _model(
 
 
 if __name__ == "__main__":
-    status = main(["finetune", *sys.argv[1:]])
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(status)
+    run_process(["finetune", *sys.argv[1:]])

@@ -15,32 +15,6 @@ from mohge.training.placement.launch_files import write_launch_files
 from mohge.training.placement.plot import plot_placement
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of the command."""
-    parser.add_argument("source", metavar="CONFIG_OR_FOLDER", help="a config.json, a model folder or a Hub id")
-    parser.add_argument("--devices", type=int, required=True, metavar="R", help="devices that share the experts")
-    parser.add_argument(
-        "--replicas", type=int, default=1, metavar="N", help="copies of these R devices (default: %(default)s)"
-    )
-    parser.add_argument("--traffic", metavar="JSON", help="recorded routing (default: every expert equally likely)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the config's, or else float32")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per device and step (default: %(default)s)")
-    parser.add_argument(
-        "--sequence-length", type=int, metavar="S", help="tokens of a sequence (default: the config's, at most 4096)"
-    )
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of the layers")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda", help="to launch on (default: %(default)s)"
-    )
-    parser.add_argument("--format", choices=["text", "json"], default="text", help="default: %(default)s")
-    parser.add_argument("--plot", metavar="FILE", help="picture to write: .png or .svg")
-    parser.add_argument(
-        "--output",
-        metavar="FOLDER",
-        help="folder to create, with accelerate.yaml, launch.sh, placement.json and placement.svg",
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """
     Run the command with parsed arguments.
@@ -148,13 +122,13 @@ def _as_text(config: MoHGEConfig, facts: dict, flops: dict[str, float], costs: d
         sizes = [len(experts) for layer in entry.layers for experts in layer.devices]
         experts = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
         lines.append(
-            f"{name.replace('_', '-'):<11} {experts:>9} {_short(max(entry.parameters)):>11} "
+            f"{name:<11} {experts:>9} {_short(max(entry.parameters)):>11} "
             f"{_gibibytes(max(entry.total_memory)):>10}  {_short(_mean(entry.expert_flops)):>9} "
             f"{_short(max(entry.expert_flops)):>9} {entry.flops_imbalance:>10.3f}  "
             f"{_short(_mean(entry.exchanged_bytes)) + 'B':>9} {_short(max(entry.exchanged_bytes)) + 'B':>10}"
         )
-    memory = costs["all_size"].memory
-    whole = {**flops, "routed_experts": _mean(costs["all_size"].expert_flops)}
+    memory = costs["all-size"].memory
+    whole = {**flops, "routed_experts": _mean(costs["all-size"].expert_flops)}
     lines += [
         "",
         "memory of a device, all-size (of each part the largest)",
@@ -184,4 +158,4 @@ def _short(value: float) -> str:
     return f"{value:.0f} "
 
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]

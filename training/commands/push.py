@@ -5,21 +5,6 @@ import sys
 from pathlib import Path
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of the command."""
-    parser.add_argument("folder", metavar="FOLDER", help="folder of a saved model")
-    parser.add_argument("repo", metavar="REPO", help="repository on the Hub, such as name/model; created if need be")
-    parser.add_argument("--private", action="store_true", default=None, help="create the repository as a private one")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--message", metavar="TEXT", help="commit message")
-    parser.add_argument("--license", metavar="ID", help="license of the weights, such as apache-2.0, for the card")
-    parser.add_argument("--language", metavar="CODE", nargs="+", help="languages, such as en, for the card")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check the folder, print card and files, and leave the Hub alone"
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """
     Run the command with parsed arguments. The token is that of `hf auth login` or `HF_TOKEN`.
@@ -31,16 +16,10 @@ def run(options: argparse.Namespace) -> int:
         ValueError: for bad usage or input.
         OSError: if the Hub cannot be reached or refuses.
     """
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils.logging import disable_progress_bar
-
     from mohge.model_cards.push import checked_stage, push_folder
     from mohge.model_cards.staging import pushed_files
     from mohge.model_cards.verify import ReloadError
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-        disable_progress_bar()
     about = {"license": options.license, "language": options.language}
     try:
         if options.dry_run:

@@ -18,11 +18,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from mohge.model_cards.records import parse_yaml
-from mohge.model_cards.shipped import shipped_file
+from mohge.model_cards.names import did_you_mean_path, parse_yaml, shipped_file
 from mohge.model_cards.writing import sole_writer, write_file
 from mohge.training.data.packing import TextSource, absolute, parse_sources
-from mohge.training.loop.callbacks import StopSignalCallback
+from mohge.training.loop.callbacks import LogLineCallback, StopSignalCallback
 from mohge.training.loop.failure import RunFailed, is_lost_touch, writing
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.loop.watchdog import meet
@@ -184,7 +183,9 @@ def one_line_errors() -> Iterator[None]:
 def _as_arguments(recipe: str, parser: _Parser) -> list[str]:
     path = Path(recipe) if Path(recipe).exists() else shipped_file(recipe, RECIPE_NAME)
     if path is None:
-        raise ValueError(f"{recipe} is neither a file nor a shipped recipe: give a YAML file")
+        raise ValueError(
+            f"{recipe} is neither a file nor a shipped recipe: give a YAML file{did_you_mean_path(recipe)}"
+        )
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -234,7 +235,12 @@ def sole_run(training: TrainingArguments) -> Iterator[None]:
         for refused in gather_object([error]):
             if refused is not None:
                 raise refused
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            last = get_last_checkpoint(training.output_dir) if folder.is_dir() else None
+            left = f"the same command goes on from {last}" if last else "no checkpoint was there yet"
+            raise KeyboardInterrupt(left) from None
 
 
 def open_run(training: TrainingArguments, given: dict[str, Any]) -> str | None:
@@ -334,7 +340,14 @@ def print_stopped(command: str, training: TrainingArguments):
         if training.save_only_model
         else "the same command goes on from here"
     )
-    print(f"mohge {command}: stopped, {way}", file=sys.stderr)
+    print(f"mohge {command}: stopped, {way}: {get_last_checkpoint(training.output_dir)}", file=sys.stderr)
+
+
+def print_written(training: TrainingArguments, *commands: str):
+    """Say what is there now, and which commands may come next."""
+    if training.should_save:
+        print(f"written: {training.output_dir}")
+        print(*(f"next: {command}" for command in commands), sep="\n", flush=True)
 
 
 class _RecipeCallback(TrainerCallback):
@@ -364,9 +377,12 @@ def train_and_save(trainer: MoHGETrainer, given: dict[str, Any], checkpoint: str
     """
     if not trainer.load_finished(checkpoint):
         stop = StopSignalCallback()
-        trainer.add_callback(stop)
-        trainer.add_callback(_RecipeCallback(given))
-        trainer.train(resume_from_checkpoint=checkpoint)
+        for callback in (stop, _RecipeCallback(given), LogLineCallback(trainer)):
+            trainer.add_callback(callback)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            stop.release()
         if stop.stopped:
             return False
     with writing(trainer.args.output_dir):

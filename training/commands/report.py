@@ -4,30 +4,6 @@ import argparse
 from pathlib import Path
 
 
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of the command."""
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="RUN_OR_MODEL",
-        help="folder of a run (also one that is going on) or a model, or a Hub id; several are compared",
-    )
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        help="text to measure routing on: a file (.txt, .jsonl, .json, .csv, .parquet), a folder, a data set's Hub "
-        "id, or '{path: ..., split: ...}'",
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=65536, metavar="N", help="tokens of the text at most (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE.html",
-        help="page to write (default: report.html in the folder, or here for several, or for a model on the Hub)",
-    )
-
-
 def run(options: argparse.Namespace) -> int:
     """
     Run the command with parsed arguments.
@@ -65,4 +41,4 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]

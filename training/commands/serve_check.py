@@ -18,25 +18,11 @@ if TYPE_CHECKING:  # seconds to import, which `mohge --help` should not wait
 
 TOLERANCE = 1e-3
 """Between log-probabilities in float32, which engines add up in another order."""
-_PYTHON = {"vllm": "VLLM_PYTHON", "llama.cpp": "LLAMA_CPP_PYTHON"}
+ENGINES = {"vllm": "VLLM_PYTHON", "llama.cpp": "LLAMA_CPP_PYTHON"}
 """Engines, and what names the Python that has each."""
 _LENGTH = 64
 """Tokens of a prompt with its continuation, where the model's context is not shorter."""
 _PROMPT_LENGTHS = (5, 9, 17, 30)
-
-
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of the command."""
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a saved model, as it is or padded")
-    parser.add_argument("--engine", choices=_PYTHON, default="vllm", help="default: %(default)s")
-    parser.add_argument(
-        "--engine-python",
-        metavar="PYTHON",
-        help="the Python that has vllm, with this package's plugin, or llama_cpp (default: $VLLM_PYTHON or "
-        "$LLAMA_CPP_PYTHON)",
-    )
-    parser.add_argument("--gguf", metavar="FILE", help="for llama.cpp, the file in float32 that was made of FOLDER")
-    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="number of prompts (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,10 +40,10 @@ def run(options: argparse.Namespace) -> int:
 
     if options.prompts < 1:
         raise ValueError(f"--prompts is {options.prompts}: give a positive number")
-    python = options.engine_python or os.environ.get(_PYTHON[options.engine])
+    python = options.engine_python or os.environ.get(ENGINES[options.engine])
     if python is None:
         raise ValueError(
-            f"--engine-python is missing: name the Python that has {options.engine}, or set {_PYTHON[options.engine]}"
+            f"--engine-python is missing: name the Python that has {options.engine}, or set {ENGINES[options.engine]}"
         )
     _check_gguf(options)
     requests = [_request(folder, options) for folder in options.folders]
@@ -196,4 +182,4 @@ def _steps(model: "MoHGEForCausalLM", request: dict, result: dict) -> Iterator[_
             yield _Step(index, position, token, int(ours.argmax()), theirs, ours)
 
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]

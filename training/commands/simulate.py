@@ -6,51 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mohge import MoHGEConfig
-from mohge.commands.convert import numbers
 from mohge.training.loop.traffic import RouterTraffic
 from mohge.training.placement.costs import dense_flops
-from mohge.training.simulation.hardware import HARDWARE, Hardware
+from mohge.training.simulation.hardware import Hardware
 from mohge.training.simulation.simulator import allocate, draw_routing, expert_parallel_size, simulate
 
-
-_LEGEND = """\
-expert time  slowest over mean device of those that exchange tokens, computing the experts of a layer: what papers
-             call balance; mean over steps and layers, and 95th percentile
-device time  the same of all devices and of all work in a step: experts, exchanges, and the dense part
-step         until all devices are done; gradient reduction and optimizer, the same for all, are left out
-waiting      part of the step in which the mean device waits for slower ones"""
-
-
-def add_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"what is printed for each number of devices and allocation of experts:\n{_LEGEND}"
-    parser.add_argument("source", metavar="CONFIG_OR_FOLDER", help="a config.json, a model folder or a Hub id")
-    parser.add_argument("--traffic", metavar="JSON", help="recorded routing (default: balanced)")
-    parser.add_argument(
-        "--devices",
-        type=numbers,
-        default=[8, 16, 64, 1024],
-        metavar="D,...",
-        help="numbers of devices (default: 8,16,64,1024)",
-    )
-    parser.add_argument(
-        "--ep-size",
-        type=int,
-        metavar="R",
-        help="devices that share one copy of the experts (default: as many as divide the devices and fit the config)",
-    )
-    parser.add_argument(
-        "--hardware",
-        default="h100",
-        metavar="NAME_OR_JSON",
-        help=f"{', '.join(HARDWARE)}, or a file that describes a machine (default: %(default)s)",
-    )
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens per device and step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=32, help="steps to simulate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    parser.add_argument("--format", choices=["text", "json"], default="text", help="default: %(default)s")
-    parser.add_argument("--plot", metavar="FILE", help="picture to write: .png, .svg or .pdf")
+from .parsers import SIMULATION_LEGEND
 
 
 def run(options: argparse.Namespace) -> int:
@@ -120,11 +81,11 @@ def _text(report: dict) -> str:
         f"{row['step_seconds'] * 1e3:>9.2f} {row['waiting_share']:>7.1%}"
         for row in report["results"]
     ]
-    return "\n".join([*lines, "", _LEGEND])
+    return "\n".join([*lines, "", SIMULATION_LEGEND])
 
 
 _STYLES = {  # Okabe and Ito's colours, which the colour-blind can tell apart
-    "all_size": {"color": "#0072B2", "marker": "o"},
+    "all-size": {"color": "#0072B2", "marker": "o"},
     "contiguous": {"color": "#D55E00", "marker": "s"},
     "paired": {"color": "#009E73", "marker": "^"},
     "packed": {"color": "#CC79A7", "marker": "D"},
@@ -161,4 +122,4 @@ def _plot(report: dict, path: Path):
         pyplot.close(figure)
 
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]

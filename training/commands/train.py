@@ -1,6 +1,6 @@
 """
 Pretraining and continued training: `mohge train RECIPE`, and on several devices
-`accelerate launch --config_file accelerate.yaml -m mohge.commands.train RECIPE`; `mohge place` writes a launch.
+`accelerate launch --config_file accelerate.yaml -m mohge train RECIPE`; `mohge place` writes a launch.
 """
 
 import argparse
@@ -10,25 +10,25 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
-from mohge.commands.main import main
+from mohge.commands.flags import PretrainArguments
+from mohge.commands.main import run_process
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.info import model_without_memory
 from mohge.loading import load_model
-from mohge.model_cards.shipped import load_config, shipped_file, shipped_recipes
+from mohge.model_cards.names import shipped_file, shipped_recipes
+from mohge.model_cards.shipped import load_config
 from mohge.parallel_mohge import check_layout
-from mohge.training.data.corpus import STANDARD_LIBRARY, train_tokenizer
+from mohge.training.data.corpus import train_tokenizer
 from mohge.training.data.packing import (
     TextSource,
     check_sequence_length,
@@ -41,86 +41,46 @@ from mohge.training.loop.checkpointing import check_same_model, reading
 from mohge.training.loop.failure import writing
 from mohge.training.loop.trainer import MoHGETrainer
 
-from .recipe import held_out_sources, one_line_errors, open_run, parse_recipe, print_stopped, sole_run, train_and_save
+from .recipe import (
+    held_out_sources,
+    one_line_errors,
+    open_run,
+    parse_recipe,
+    print_stopped,
+    print_written,
+    sole_run,
+    train_and_save,
+)
 
 
 TOKENIZER_TEXT = 50_000_000
 """Characters of the training text that a tokenizer is trained on, where none is given."""
 
 
-@dataclass
-class PretrainArguments:
-    """What to train, on which text, and spread how."""
+def _layout(own: PretrainArguments, config: MoHGEConfig) -> DistributedConfig | None:
+    """How the model of `config` is spread over ranks; None if it is not.
 
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Config.json, model folder, Hub id or shipped recipe. A config without weights starts from random "
-            "weights, anything else goes on from its weights."
-        },
+    Raises:
+        ValueError: if the sizes contradict each other, the config or the number of processes.
+    """
+    layout = DistributedConfig(
+        tp_size=own.tp_size,
+        ep_size=own.ep_size,
+        fsdp_size=own.fsdp_size,
+        dp_replicate_size=own.dp_replicate_size,
     )
-    datasets: list[str] = field(
-        default_factory=lambda: [STANDARD_LIBRARY],
-        metadata={
-            "help": "Text to train on: Hub ids, folders, files (txt, jsonl, json, csv, parquet) or standard-library, "
-            "Python's own sources. Several make a mixture. An entry may be a mapping with options, such as "
-            "'{path: org/name, name: configuration, split: train, column: text, weight: 0.3}'; weights are shares of "
-            "the tokens."
-        },
-    )
-    eval_datasets: list[str] | None = field(
-        default=None, metadata={"help": "Text to evaluate on, in the same form; give eval_strategy too."}
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read text as it is needed, instead of tokenizing it all first. Needs max_steps."},
-    )
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Sequences of a stream among which the next one is drawn (streaming)."}
-    )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub id of the tokenizer. By default the model's; for a config, one of the text."},
-    )
-    dtype: Literal["float32", "bfloat16"] | None = field(
-        default=None, metadata={"help": "Of the weights, float32 or bfloat16. By default the config's, or float32."}
-    )
-    sequence_length: int = field(
-        default=256,
-        metadata={"help": "Tokens of a training sequence. Documents are packed into it and do not see each other."},
-    )
-    ep_size: int = field(
-        default=1, metadata={"help": "Ranks that hold different experts; divides fsdp_size * tp_size."}
-    )
-    fsdp_size: int = field(default=1, metadata={"help": "Ranks that hold different shards of the dense weights."})
-    tp_size: int = field(default=1, metadata={"help": "Ranks that share a batch and split each dense weight."})
-    dp_replicate_size: int = field(default=1, metadata={"help": "Copies of the whole model."})
-
-    def layout(self, config: MoHGEConfig) -> DistributedConfig | None:
-        """How the model of `config` is spread over ranks; None if it is not.
-
-        Raises:
-            ValueError: if the sizes contradict each other, the config or the number of processes.
-        """
-        layout = DistributedConfig(
-            tp_size=self.tp_size,
-            ep_size=self.ep_size,
-            fsdp_size=self.fsdp_size,
-            dp_replicate_size=self.dp_replicate_size,
+    wanted, started = layout.dp_size * layout.tp_size, int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted == 1:
+        return None  # on several processes Trainer copies the model to each
+    if wanted != started:
+        raise ValueError(
+            f"`fsdp_size` * `tp_size` * `dp_replicate_size` is {wanted}, and {started} processes were started: "
+            f"launch with --num_processes {wanted}"
         )
-        wanted, started = layout.dp_size * layout.tp_size, int(os.environ.get("WORLD_SIZE", "1"))
-        if wanted == 1:
-            return None  # on several processes Trainer copies the model to each
-        if wanted != started:
-            raise ValueError(
-                f"`fsdp_size` * `tp_size` * `dp_replicate_size` is {wanted}, and {started} processes were started: "
-                f"launch with --num_processes {wanted}"
-            )
-        check_layout(config, layout)
-        if layout.tp_size > 1 and not torch.accelerator.is_available():
-            raise ValueError("`tp_size` above 1 needs GPUs under Trainer: on CPU use `fsdp_size` with `ep_size`")
-        return layout
+    check_layout(config, layout)
+    if layout.tp_size > 1 and not torch.accelerator.is_available():
+        raise ValueError("`tp_size` above 1 needs GPUs under Trainer: on CPU use `fsdp_size` with `ep_size`")
+    return layout
 
 
 def run(options: argparse.Namespace) -> int:
@@ -141,6 +101,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"`model` is missing: name a config, a model or one of {', '.join(shipped_recipes())}")
     with sole_run(training):
         if _pretrain(own, training, given):
+            folder = training.output_dir
+            print_written(training, f'mohge generate {folder} "PROMPT"', f"mohge report {folder}")
             return 0
     print_stopped("train", training)
     return 1
@@ -150,7 +112,7 @@ def _pretrain(own: PretrainArguments, training: TrainingArguments, given: dict[s
     """Whether the run is complete."""
     config = load_config(own.model)
     model_without_memory(copy.deepcopy(config))  # which says in one line what cannot be built
-    layout = own.layout(config)
+    layout = _layout(own, config)
     check_sequence_length(own.sequence_length, config)
     sources = parse_sources(own.datasets, "datasets")
     held_out = held_out_sources(own.eval_datasets, training)
@@ -257,7 +219,4 @@ def _characters(sources: list[TextSource], limit: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    status = main(["train", *sys.argv[1:]])
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(status)
+    run_process(["train", *sys.argv[1:]])

@@ -11,9 +11,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-
-STANDARD_LIBRARY = "standard-library"
-"""Name of this text among the sources of training data."""
+from mohge.model_cards.names import STANDARD_LIBRARY
 
 
 _DATA = re.compile(r"""\s*[\[({]*\s*[\d'"\\]""")
@@ -90,3 +88,6 @@ def token_blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: i
     )
     blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+__all__ = ["STANDARD_LIBRARY", "standard_library_texts", "token_blocks", "train_tokenizer"]

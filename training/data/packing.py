@@ -22,9 +22,9 @@ from datasets import (
 from transformers import PreTrainedTokenizerBase
 
 from mohge import MoHGEConfig
-from mohge.model_cards.records import is_hub_id, parse_yaml
+from mohge.model_cards.names import STANDARD_LIBRARY, may_be_on_hub, not_found, parse_yaml
 
-from .corpus import STANDARD_LIBRARY, standard_library_texts
+from .corpus import standard_library_texts
 
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -151,8 +151,8 @@ def _rows(source: TextSource, streaming: bool) -> Dataset | IterableDataset:
         if path.suffix not in FORMATS:
             raise ValueError(f"its ending is {path.suffix or 'missing'}, not one of .txt, {', '.join(FORMATS)}")
         return load_dataset(FORMATS[path.suffix], data_files=str(path), split=source.split, streaming=streaming)
-    elif not path.exists() and not is_hub_id(source.path):  # for which the Hub would be asked for long
-        raise FileNotFoundError("there is no such file or folder, and ids of the Hub are of the form namespace/name")
+    elif not path.exists() and not may_be_on_hub(source.path):
+        raise FileNotFoundError(not_found(source.path, "a file or folder, or a Hub id such as org/name"))
     else:
         return load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=streaming

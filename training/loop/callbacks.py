@@ -1,13 +1,18 @@
-"""Callbacks for any `Trainer`. [`MoHGETrainer`] has the first on its own, and logs what the second adds."""
+"""Callbacks for any `Trainer`, but for the last one. [`MoHGETrainer`] has the first on its own, and logs what the
+second adds."""
 
+import math
+import os
 import signal
 import threading
+import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from mohge import MoHGEForCausalLM
@@ -97,24 +102,32 @@ class RouterLogCallback(TrainerCallback, ExportableState):
 
 class StopSignalCallback(TrainerCallback):
     """
-    On SIGTERM, what schedulers send before they take a machine away, ends training after the step that is running,
-    with a checkpoint. One rank of a run is enough: all stop after the same step, which
-    `TrainingArguments.enable_jit_checkpoint` does not promise. Pass it to any `Trainer` with
-    `callbacks=[StopSignalCallback()]`.
+    On SIGTERM, what schedulers send before they take a machine away, and on Ctrl-C ends training after the step that
+    is running, with a checkpoint. A second Ctrl-C is a `KeyboardInterrupt` at once. One rank of a run is enough: all
+    stop after the same step, which `TrainingArguments.enable_jit_checkpoint` does not promise. Pass it to any
+    `Trainer` with `callbacks=[StopSignalCallback()]`.
     """
 
     def __init__(self):
         self.stopped = False
         """Whether training was ended by the signal."""
         self._received = False
-        self._handler_before = None
+        self._handlers_before = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.stopped = self._received = False
-        if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
-            self._handler_before = signal.signal(signal.SIGTERM, self._receive)
+        if threading.current_thread() is not threading.main_thread():  # Python allows no other to handle signals
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:  # as in the background
+                self._handlers_before[number] = signal.signal(number, self._receive)
 
     def _receive(self, number, frame):
+        if number == signal.SIGINT:
+            if self._received:
+                raise KeyboardInterrupt
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # `print` may be under way
+                os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C once more stops at once\n")
         self._received = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -127,8 +140,53 @@ class StopSignalCallback(TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._handler_before is not None:
-            signal.signal(signal.SIGTERM, self._handler_before)
+        self.release()
+
+    def release(self):
+        """Let the signals do what they did before; for who trains no more although training has not ended."""
+        while self._handlers_before:
+            signal.signal(*self._handlers_before.popitem())
+
+
+class LogLineCallback(TrainerCallback):
+    """
+    Prints a line for each entry of a [`MoHGETrainer`]'s log, in place of the dictionary that `Trainer` prints, and no
+    progress bar: step, loss, perplexity, tokens per second since the line before, time left, and balance, as the
+    largest load of an expert over the mean, minus 1 (`max_vio`).
+
+    Args:
+        trainer ([`MoHGETrainer`]): The trainer that it is added to, from which it takes the callbacks that print.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        for printing in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printing)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._began = self._last = time.perf_counter()
+        self._first_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        evaluated = "eval_loss" in logs
+        loss = logs.get("eval_loss", logs.get("lm_loss", logs.get("loss")))
+        if loss is None:
+            return  # the summary of the whole run, which its figures are in
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        parts += [f"{'held-out ' if evaluated else ''}loss {loss:.4g}", f"perplexity {math.exp(min(loss, 700)):,.4g}"]
+        if not evaluated:
+            now = time.perf_counter()
+            if self._trainer.logged_tokens:
+                parts.append(f"{self._trainer.logged_tokens / (now - self._last):,.0f} tokens/s")
+            left = (now - self._began) / max(state.global_step - self._first_step, 1)
+            left = timedelta(seconds=round(left * (state.max_steps - state.global_step)))
+            parts.append(f"{left} left")
+            if "router/max_vio" in logs:
+                parts.append(f"max_vio {logs['router/max_vio']:.2f}")
+            self._last = now
+        print("  ".join(parts), flush=True)
 
 
 def base_model(model: nn.Module) -> MoHGEForCausalLM:
@@ -137,4 +195,4 @@ def base_model(model: nn.Module) -> MoHGEForCausalLM:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-__all__ = ["RouterLogCallback", "RouterScheduleCallback", "StopSignalCallback"]
+__all__ = ["LogLineCallback", "RouterLogCallback", "RouterScheduleCallback", "StopSignalCallback"]

@@ -1,11 +1,11 @@
 """How a run ends that cannot go on."""
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 
@@ -18,7 +18,8 @@ class RunFailed(RuntimeError):
 
 def is_lost_touch(error: BaseException) -> bool:
     """Whether an error says that the ranks of a run cannot reach each other."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+    dist = sys.modules.get("torch.distributed")  # or else it is not of torch
+    return isinstance(error, RuntimeError) and ((dist and isinstance(error, dist.DistError)) or "/gloo/" in str(error))
 
 
 def lacks_room(error: BaseException | None) -> bool:

@@ -1,5 +1,6 @@
 """Training MoHGE models with Hugging Face Trainer."""
 
+import functools
 import json
 import os
 import shutil
@@ -71,6 +72,7 @@ class MoHGETrainer(Trainer):
     logged or the next checkpoint is due, which is not written.
     """
 
+    @functools.wraps(Trainer.__init__)
     def __init__(self, model=None, args: TrainingArguments | None = None, *more, **kwargs):
         if isinstance(model, MoHGEForSequenceClassification | MoHGEForTokenClassification):
             raise ValueError(f"MoHGETrainer trains language models: train {type(model).__name__} with Trainer")
@@ -96,6 +98,8 @@ class MoHGETrainer(Trainer):
             self.label_smoother = self._with_router_losses(self.label_smoother)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._with_router_losses(self.compute_loss_func)
+        self.logged_tokens = 0.0
+        """Tokens that the newest entry of the log is about, of all ranks on the first one."""
         self._start_sums()
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # loss and targets of an evaluation
         config = base_model(self.model).config
@@ -165,6 +169,7 @@ class MoHGETrainer(Trainer):
             return super().log(logs, start_time)
         self._check_finite(weights=False)
         logs.update(self._figures(steps=self.state.global_step - self._first_step))
+        self.logged_tokens = 0 if self._statistics is None else float(self._statistics.tokens)
         load = self._statistics.counts if self._statistics is not None and self._statistics.tokens > 0 else None
         tokens, began = self._statistics and float(self._statistics.tokens), self._began
         self._start_sums()

@@ -71,7 +71,7 @@ def all_size(layer_config: MoHGEConfig, devices: int, load: torch.Tensor | None 
     fitting = divisors(layer_config.num_expert_sets)
     if devices not in fitting:
         raise ValueError(f"`devices` {misfit(devices, fitting)}")
-    return Allocation("all_size", _chunks(list(range(layer_config.num_experts)), devices))
+    return Allocation("all-size", _chunks(list(range(layer_config.num_experts)), devices))
 
 
 def contiguous(layer_config: MoHGEConfig, devices: int, load: torch.Tensor | None = None) -> Allocation:
@@ -140,7 +140,7 @@ def packed(layer_config: MoHGEConfig, devices: int, load: torch.Tensor | None = 
 
 
 ALLOCATIONS: dict[str, Callable[[MoHGEConfig, int, torch.Tensor | None], Allocation]] = {
-    "all_size": all_size,
+    "all-size": all_size,
     "contiguous": contiguous,
     "paired": paired,
     "packed": packed,

@@ -16,7 +16,7 @@ _SCRIPT = """\
 # on each of them LAUNCH="--machine_rank 0 --main_process_ip ADDRESS".
 set -e
 folder=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd -P)
-exec accelerate launch --config_file "$folder/accelerate.yaml" ${{LAUNCH-}} -m mohge.commands.train \\
+exec accelerate launch --config_file "$folder/accelerate.yaml" ${{LAUNCH-}} -m mohge train \\
     --model {model} --ep_size {devices} --fsdp_size {devices} --dp_replicate_size {replicas} \\
     {arguments} "$@"
 """

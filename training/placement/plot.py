@@ -36,7 +36,7 @@ def plot_placement(costs: dict[str, AllocationCosts], path: Path):
             )
             mean = sum(values) / len(values)
             axes.plot(mean, row, "|", color="black", markersize=18, label="mean" if row == 0 else None)
-        axes.set(xlabel=label, yticks=range(len(costs)), yticklabels=[name.replace("_", "-") for name in costs])
+        axes.set(xlabel=label, yticks=range(len(costs)), yticklabels=[*costs])
         axes.set_xlim(left=0, right=axes.get_xlim()[1] * 1.05)
         axes.set_ylim(len(costs) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)

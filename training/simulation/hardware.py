@@ -4,8 +4,11 @@ import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 _RATES = ("flops_per_second", "memory_bytes_per_second", "link_bytes_per_second", "inter_node_bytes_per_second")
@@ -65,12 +68,12 @@ class Hardware:
                     kind = "whole number" if types == (int,) else "number"
                     raise ValueError(f"`{name}` is {value!r}: it must be a {kind}, {smallest}")
 
-    def expert_seconds(self, flops: torch.Tensor, moved_bytes: torch.Tensor) -> torch.Tensor:
+    def expert_seconds(self, flops: "torch.Tensor", moved_bytes: "torch.Tensor") -> "torch.Tensor":
         """Roofline: the time of a pass over the experts of a device, limited by arithmetic or by memory."""
-        work = torch.maximum(flops / self.flops_per_second, moved_bytes / self.memory_bytes_per_second)
+        work = (flops / self.flops_per_second).maximum(moved_bytes / self.memory_bytes_per_second)
         return self.kernel_overhead_seconds + work
 
-    def exchange_seconds(self, sent_bytes: torch.Tensor, same_node: torch.Tensor) -> torch.Tensor:
+    def exchange_seconds(self, sent_bytes: "torch.Tensor", same_node: "torch.Tensor") -> "torch.Tensor":
         """
         When each device has done its part of an all-to-all.
 
@@ -82,7 +85,7 @@ class Hardware:
             `torch.Tensor` of shape `[..., R]`: seconds. A device sends a message to every other, empty or not, and
             the bytes it sends and those it receives flow at the same time.
         """
-        others = ~torch.eye(sent_bytes.shape[-1], dtype=torch.bool)
+        others = sent_bytes.new_ones(sent_bytes.shape[-1]).diag() == 0
         tiers = []
         for within, latency, bandwidth in (
             (same_node, self.link_latency_seconds, self.link_bytes_per_second),
@@ -90,11 +93,11 @@ class Hardware:
         ):
             links = within & others
             flowing = sent_bytes * links
-            busiest = torch.maximum(flowing.sum(-1), flowing.sum(-2))
+            busiest = flowing.sum(-1).maximum(flowing.sum(-2))
             tiers.append(latency * links.sum(-1) + busiest / bandwidth)
-        return torch.maximum(*tiers)
+        return tiers[0].maximum(tiers[1])
 
-    def wait_for_all(self, seconds: torch.Tensor) -> torch.Tensor:
+    def wait_for_all(self, seconds: "torch.Tensor") -> "torch.Tensor":
         """
         The time until all devices are done that start together with `seconds` `[..., R]` of work each: that of the
         slowest. Devices that share fewer processors run at the same reduced speed, and faster when some are done.
@@ -102,8 +105,8 @@ class Hardware:
         if self.processors is None:
             return seconds.amax(-1)
         ascending = seconds.sort(-1).values
-        running = torch.arange(seconds.shape[-1], 0, -1, dtype=seconds.dtype)  # until each has finished in turn
-        slices = ascending.diff(dim=-1, prepend=torch.zeros_like(ascending[..., :1]))
+        running = seconds.new_ones(seconds.shape[-1]).cumsum(0).flip(0)  # until each has finished in turn
+        slices = ascending.diff(dim=-1, prepend=0 * ascending[..., :1])
         return (slices * (running / self.processors).clamp(min=1)).sum(-1)
 
     def save(self, path: str | Path):

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import triton_experts, triton_routing
+from . import triton_experts, triton_routing, tuning
 
 
 class Layer(NamedTuple):
@@ -33,7 +33,9 @@ class Layer(NamedTuple):
 
 PAPER = Layer(1024, tuple(range(384, 1281, 128)), 8, 6)
 LARGE = Layer(2048, tuple(range(512, 1409, 128)), 16, 8)
-ODD = Layer(1001, (40, 129, 17), 3, 2)
+MANY = Layer(1024, (384, 640), 128, 8)
+ODD = Layer(1001, (40, 129, 17), 43, 2)
+"""129 experts, which the kernels round up to 256."""
 
 CASES = {
     f"{name}-{str(dtype).removeprefix('torch.')}-{tokens}": (layer, tokens, dtype)
@@ -44,8 +46,9 @@ CASES = {
         ("large", LARGE, torch.bfloat16, 32768),
         ("large", LARGE, torch.bfloat16, 32),
         ("paper", PAPER, torch.float32, 32768),
-        ("odd", ODD, torch.bfloat16, 1000),
-        ("odd", ODD, torch.float32, 1000),
+        ("many", MANY, torch.bfloat16, 32768),
+        ("odd", ODD, torch.bfloat16, 32768),
+        ("odd", ODD, torch.float32, 32768),
     )
 }
 """Layer, tokens and dtype by name."""
@@ -80,7 +83,7 @@ def _recorded(function) -> list[tuple]:
     return launches
 
 
-def launches(layer: Layer, tokens: int, dtype: torch.dtype) -> list[tuple]:
+def launches(layer: Layer, tokens: int, dtype: torch.dtype, weights_dtype: torch.dtype = torch.float32) -> list[tuple]:
     """Kernel, arguments and keywords of every launch of a forward and backward pass, and of a forward pass that saves
     nothing, without those that only repeat an earlier one."""
     hidden, slots, per_group = layer.hidden_size, layer.slots, layer.experts_per_group
@@ -94,7 +97,7 @@ def launches(layer: Layer, tokens: int, dtype: torch.dtype) -> list[tuple]:
     x = tensor(tokens, hidden)
     gate_up = [tensor(per_group, 2 * width, hidden) for width in layer.widths]
     down = [tensor(per_group, hidden, width) for width in layer.widths]
-    weights = tensor(tokens, slots, dtype=torch.float32)
+    weights = tensor(tokens, slots, dtype=weights_dtype)
 
     def layer_forward_and_backward():
         routing = logits, group_logits, group_of_expert
@@ -134,8 +137,8 @@ def _resource_usage(cubin: bytes) -> tuple[int, int]:
     return registers, stack
 
 
-def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, capability: int = 90) -> Compiled:
-    target = GPUTarget("cuda", capability, 32)
+def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, capability: tuple[int, int]) -> Compiled:
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     backend = make_backend(target)
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     kwargs = {"debug": False, "instrumentation_mode": "", **kwargs}
@@ -160,12 +163,12 @@ def compile_launch(kernel: JITFunction, args: tuple, kwargs: dict, capability: i
     )
 
 
-def compile_for(
-    layer: Layer = PAPER, tokens: int = 32768, dtype: torch.dtype = torch.bfloat16, capability: int = 90
-) -> Iterator[Compiled]:
-    """Every kernel of one layer at its shipped configuration."""
-    for kernel, args, kwargs in launches(layer, tokens, dtype):
-        yield compile_launch(kernel, args, kwargs, capability)
+def compile_for(layer: Layer, tokens: int, dtype: torch.dtype, gpu: tuning.Gpu = tuning.OFFLINE) -> Iterator[Compiled]:
+    """Every kernel of one layer as it is launched on `gpu`."""
+    with mock.patch.object(tuning, "gpu", return_value=gpu):
+        recorded = launches(layer, tokens, dtype)
+    for kernel, args, kwargs in recorded:
+        yield compile_launch(kernel, args, kwargs, gpu.capability)
 
 
 def main(arguments: list[str] | None = None) -> int:

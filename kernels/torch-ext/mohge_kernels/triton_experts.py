@@ -9,7 +9,7 @@ import math
 import torch
 import triton
 
-from . import tuning
+from . import triton_candidates, tuning
 from .triton_backward import d_activation_kernel, d_weights_kernel
 from .triton_forward import combine_kernel, rows_kernel, up_kernel
 from .triton_sort import sort_pairs
@@ -26,7 +26,7 @@ _SPARE_ROWS = 16
 class _Layer:
     """The shapes of one call, and its launches."""
 
-    def __init__(self, hidden_states, gate_up, down, keys_per_group, slots):
+    def __init__(self, hidden_states, gate_up, down, keys_per_group, slots, grad_output=None):
         self.widths = tuple(weight.shape[2] for weight in down)
         self.experts = tuple(weight.shape[0] for weight in down)
         self.gate_up, self.down = tuple(gate_up), tuple(down)
@@ -35,8 +35,13 @@ class _Layer:
         self.pairs = hidden_states.shape[0] * slots
         self.device, self.dtype = hidden_states.device, hidden_states.dtype
         self.keys_per_group = keys_per_group
-        # Of the distance between rows of hidden states the compiler knows no more than whether it is a multiple of 16.
-        self.aligned = self.hidden_size % 16 == 0 and math.gcd(*self.widths) * self.dtype.itemsize % 16 == 0
+        # Of an address and of the distance between rows of tokens the compiler knows whether it is a multiple of 16.
+        per_token = [hidden_states, *([] if grad_output is None else [grad_output])]
+        self.aligned = (
+            math.gcd(self.hidden_size, *self.widths) * self.dtype.itemsize % 16 == 0
+            and all(tensor.stride(0) % 16 == 0 for tensor in per_token)
+            and all(tensor.data_ptr() % 16 == 0 for tensor in (*per_token, *gate_up, *down))
+        )
         if self.device.type == "cpu":
             self.precision = "interpreter"
         else:
@@ -57,11 +62,12 @@ class _Layer:
         chosen = tuning.config(
             kernel,
             self.dtype,
-            self.pairs / experts,
+            self.pairs,
+            experts,
             self.hidden_size,
             mean_width,
             self.aligned,
-            tuning.device_name(self.device),
+            self.device,
         )
         return chosen, {
             "BLOCK_M": chosen.block_m,
@@ -81,6 +87,11 @@ class _Layer:
 
     def up(self, hidden_states, order, counts, activation, pre, capacity, recompute=False):
         chosen, options = self.tiles("up")
+        if chosen.variant and not recompute:
+            triton_candidates.up_by_table(
+                self, chosen, options, hidden_states, order, counts, activation, pre, capacity
+            )
+            return
         up_kernel[(tuning.programs(chosen, self.device),)](
             hidden_states, hidden_states.stride(0), self.gate_up, order, counts, activation, pre, capacity,
             self.hidden_size, SLOTS=self.slots, ACTIVATE=not recompute, SAVE=capacity > 0, RECOMPUTE=recompute,
@@ -89,12 +100,24 @@ class _Layer:
 
     def rows(self, kernel, ragged, weights, counts, output):
         chosen, options = self.tiles(kernel)
+        if chosen.variant:
+            triton_candidates.rows_by_group(self, kernel, chosen, options, ragged, weights, counts, output)
+            return
         factor = 1 if kernel == "down" else 2
         rows_kernel[(tuning.programs(chosen, self.device),)](
             ragged, weights, counts, output,
             FACTOR=factor, TRANSPOSED=kernel == "down", BY_COST=chosen.block_m > 16,
             EVEN_K=self.even(factor, chosen.block_k), **self.layout, **options,
         )  # fmt: skip
+
+    def down_and_combine(self, activation, weights, position, counts, output):
+        chosen, options = self.tiles("down")
+        if chosen.variant == "split":
+            triton_candidates.split_down(self, chosen, options, activation, weights, position, counts, output)
+            return
+        rows = self.empty(self.pairs, self.hidden_size)
+        self.rows("down", activation, self.down, counts, rows)
+        self.combine(rows, weights, position, output)
 
     def combine(self, rows, weights, position, output, partials=None, d_weights=None):
         parts = 0 if partials is None else partials.shape[1]
@@ -165,9 +188,7 @@ def forward(
         if layer.pairs:
             activation = layer.empty(layer.pairs * max(layer.widths))
             layer.up(hidden_states, order, counts, activation, pre, pre.numel())
-            rows = layer.empty(layer.pairs, layer.hidden_size)
-            layer.rows("down", activation, layer.down, counts, rows)
-            layer.combine(rows, weights.contiguous(), position, output)
+            layer.down_and_combine(activation, weights.contiguous(), position, counts, output)
         else:
             output.zero_()
     return output, pre, order, position, counts
@@ -196,7 +217,7 @@ def backward(
     need_hidden, need_weights, need_gate_up, need_down = needs
     grad_output, hidden_states = map(_last_dimension_contiguous, (grad_output, hidden_states))
     weights = weights.contiguous()
-    layer = _Layer(hidden_states, gate_up, down, keys_per_group, position.shape[1])
+    layer = _Layer(hidden_states, gate_up, down, keys_per_group, position.shape[1], grad_output)
     d_hidden = layer.empty(*hidden_states.shape) if need_hidden else None
     d_weights = torch.empty_like(weights) if need_weights else None
     d_gate_up = [torch.empty_like(weight) for weight in gate_up] if need_gate_up else []

@@ -48,8 +48,8 @@ def ragged_layout(counts, WIDTHS: tl.constexpr, B: tl.constexpr, KEYS: tl.conste
 @triton.jit
 def tiles_before(key, cost, tiles, BY_COST: tl.constexpr, KEYS: tl.constexpr):
     """The first tile of every key. With BY_COST the keys with the most work per tile come first, so that no long tile
-    is left for the end; too many keys to compare all with all stay in their order."""
-    if not BY_COST or KEYS > 256:
+    is left for the end; more keys than registers hold comparisons for stay in their order."""
+    if not BY_COST or KEYS > 128:
         return tl.cumsum(tiles, axis=0) - tiles
     rank = cost.to(tl.int64) * KEYS + (KEYS - 1 - key)
     earlier = rank[None, :] > rank[:, None]
@@ -91,6 +91,57 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tile.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
 
 
+@triton.jit
+def up_tile(
+    e, local, row0, m_size, element, hidden, stride, gate_up, order, activation, pre, capacity, depth,
+    WIDTHS: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr, H: tl.constexpr,
+    ACTIVATE: tl.constexpr, SAVE: tl.constexpr, RECOMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of `up_kernel`; `element` in elements."""
+    group = e // B
+    w = of_group(group, WIDTHS)
+    n_tiles = tl.cdiv(w, BLOCK_N)
+    m0, n0 = local // n_tiles * BLOCK_M, local % n_tiles * BLOCK_N
+
+    # Rows and columns beyond the last one repeat it; they are not stored.
+    m = m0 + tl.arange(0, BLOCK_M)
+    pair = tl.load(order + row0 + tl.minimum(m, m_size - 1))
+    column = tl.arange(0, 2 * BLOCK_N)
+    half = column // BLOCK_N
+    weight_row = half * w + tl.minimum(n0 + column - half * BLOCK_N, w - 1)
+    k = tl.arange(0, BLOCK_K)
+    x = hidden + (pair // SLOTS).to(tl.int64)[:, None] * stride + k[None, :]
+    base = pointer_of_group(group, gate_up, len(WIDTHS)) + (e % B).to(tl.int64) * (2 * H) * w
+    y = base + (weight_row * H)[None, :] + k[:, None]
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    for k0 in range(0, depth, BLOCK_K):
+        if H % BLOCK_K == 0:
+            acc = multiply_add(tl.load(x), tl.load(y), acc, PRECISION)
+        else:
+            a = tl.load(x, mask=k[None, :] < H - k0, other=0)
+            b = tl.load(y, mask=k[:, None] < H - k0, other=0)
+            acc = multiply_add(a, b, acc, PRECISION)
+        x += BLOCK_K
+        y += BLOCK_K
+
+    gate, up = halves(acc, BLOCK_M, BLOCK_N)
+    n = n0 + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_M)
+    mask = (r < m_size - m0)[:, None] & (n < w)[None, :]
+    offset = element + m0.to(tl.int64) * w
+    if ACTIVATE:
+        value = gate / (1 + tl.exp(-gate)) * up
+        tl.store(activation + offset + (r * w)[:, None] + n[None, :], value.to(hidden.dtype.element_ty), mask=mask)
+    if SAVE or RECOMPUTE:
+        if not RECOMPUTE:  # a mask, not a branch, which would end the pipeline of FLATTEN
+            fits = 2 * (element + m_size.to(tl.int64) * w) <= capacity
+            mask = (r < tl.where(fits, m_size - m0, 0))[:, None] & (n < w)[None, :]
+        target = pre + 2 * offset + (r * (2 * w))[:, None] + n[None, :]
+        tl.store(target, gate.to(hidden.dtype.element_ty), mask=mask)
+        tl.store(target + w, up.to(hidden.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["capacity"])
 def up_kernel(
     hidden, stride, gate_up, order, counts, activation, pre, capacity, depth,
@@ -105,7 +156,6 @@ def up_kernel(
     from shared memory better than two. RECOMPUTE (in backward): only the keys that did not fit, to a `pre` that has
     room for all.
     """
-    GROUPS: tl.constexpr = len(WIDTHS)
     key, width, count, row_start, element_start = ragged_layout(counts, WIDTHS, B, KEYS, ALIGN)
     tiles = tl.cdiv(count, BLOCK_M) * tl.cdiv(width, BLOCK_N)
     if RECOMPUTE:
@@ -119,48 +169,10 @@ def up_kernel(
         e, local, row0, m_size, element = find_tile(
             tile, tile_start, tile_end, tile_and_key, row_and_count, element_start
         )
-        element *= ALIGN
-        group = e // B
-        w = of_group(group, WIDTHS)
-        n_tiles = tl.cdiv(w, BLOCK_N)
-        m0, n0 = local // n_tiles * BLOCK_M, local % n_tiles * BLOCK_N
-
-        # Rows and columns beyond the last one repeat it; they are not stored.
-        m = m0 + tl.arange(0, BLOCK_M)
-        pair = tl.load(order + row0 + tl.minimum(m, m_size - 1))
-        column = tl.arange(0, 2 * BLOCK_N)
-        half = column // BLOCK_N
-        weight_row = half * w + tl.minimum(n0 + column - half * BLOCK_N, w - 1)
-        k = tl.arange(0, BLOCK_K)
-        x = hidden + (pair // SLOTS).to(tl.int64)[:, None] * stride + k[None, :]
-        base = pointer_of_group(group, gate_up, GROUPS) + (e % B).to(tl.int64) * (2 * H) * w
-        y = base + (weight_row * H)[None, :] + k[:, None]
-        acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-        for k0 in range(0, depth, BLOCK_K):
-            if H % BLOCK_K == 0:
-                acc = multiply_add(tl.load(x), tl.load(y), acc, PRECISION)
-            else:
-                a = tl.load(x, mask=k[None, :] < H - k0, other=0)
-                b = tl.load(y, mask=k[:, None] < H - k0, other=0)
-                acc = multiply_add(a, b, acc, PRECISION)
-            x += BLOCK_K
-            y += BLOCK_K
-
-        gate, up = halves(acc, BLOCK_M, BLOCK_N)
-        n = n0 + tl.arange(0, BLOCK_N)
-        r = tl.arange(0, BLOCK_M)
-        mask = (r < m_size - m0)[:, None] & (n < w)[None, :]
-        offset = element + m0.to(tl.int64) * w
-        if ACTIVATE:
-            value = gate / (1 + tl.exp(-gate)) * up
-            tl.store(activation + offset + (r * w)[:, None] + n[None, :], value.to(hidden.dtype.element_ty), mask=mask)
-        if SAVE or RECOMPUTE:
-            if not RECOMPUTE:  # a mask, not a branch, which would end the pipeline of FLATTEN
-                fits = 2 * (element + m_size.to(tl.int64) * w) <= capacity
-                mask = (r < tl.where(fits, m_size - m0, 0))[:, None] & (n < w)[None, :]
-            target = pre + 2 * offset + (r * (2 * w))[:, None] + n[None, :]
-            tl.store(target, gate.to(hidden.dtype.element_ty), mask=mask)
-            tl.store(target + w, up.to(hidden.dtype.element_ty), mask=mask)
+        up_tile(
+            e, local, row0, m_size, element * ALIGN, hidden, stride, gate_up, order, activation, pre, capacity, depth,
+            WIDTHS, B, SLOTS, H, ACTIVATE, SAVE, RECOMPUTE, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit

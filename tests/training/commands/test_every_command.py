@@ -78,7 +78,12 @@ NAMING = {
     ],
     "finetune model": ["finetune", "--model", "NAME", "--datasets", "PLACE/text.txt", "--output_dir", "OUT", *RUN],
     "finetune text": ["finetune", "--model", "PLACE/base", "--datasets", "NAME", "--output_dir", "OUT", *RUN],
+    "teacher": [
+        *("finetune", "--model", "PLACE/base", "--datasets", "PLACE/text.txt", "--output_dir", "OUT", *RUN),
+        *("--distill", "NAME"),
+    ],
     "merge": ["finetune", "--model", "NAME", "--merge", "OUT"],
+    "generate": ["generate", "NAME", "text"],
     "quantize": ["finetune", "--model", "NAME", "--quantize", "int8", "--output_dir", "OUT", *RUN],
     "eval model": ["eval", "NAME", "--datasets", "PLACE/text.txt"],
     "eval text": ["eval", "PLACE/base", "--datasets", "NAME"],

@@ -51,7 +51,7 @@ def test_json_has_a_figure_for_every_device(capsys, model, tmp_path):
     report = json.loads(place(capsys, tmp_path / "a model", "--devices", 2, "--tokens", 100, "--format", "json"))
     assert report["fitting_devices"] == [1, 2, 4]
     assert (report["dtype"], report["sequence_length"], report["traffic"]) == ("float32", 64, None)
-    assert set(report["allocations"]) == {"all_size", "contiguous", "paired", "packed"}
+    assert set(report["allocations"]) == {"all-size", "contiguous", "paired", "packed"}
     for entry in report["allocations"].values():
         assert len(entry["experts"]) == 1  # one layer has experts
         assert sorted({expert for held in entry["experts"][0] for expert in held}) == list(range(24))
@@ -73,14 +73,14 @@ def test_recorded_traffic_moves_the_packed_experts(capsys, model, tmp_path):
     skewed = json.loads(place(capsys, *arguments, "--traffic", tmp_path / "traffic.json"))["allocations"]
     assert all(5 in held for held in skewed["packed"]["experts"][0])
     assert not all(5 in held for held in even["packed"]["experts"][0])
-    assert skewed["packed"]["expert_flops_imbalance"] < 1.1 < 2 < skewed["all_size"]["expert_flops_imbalance"]
+    assert skewed["packed"]["expert_flops_imbalance"] < 1.1 < 2 < skewed["all-size"]["expert_flops_imbalance"]
 
 
 def test_options_change_the_memory(capsys, model, tmp_path):
     def memory(*options) -> dict[str, int]:
         arguments = [tmp_path / "a model", "--devices", 2, "--format", "json", *options]
         report = json.loads(place(capsys, *arguments))
-        return {name: sizes[0] for name, sizes in report["allocations"]["all_size"]["memory"].items()}
+        return {name: sizes[0] for name, sizes in report["allocations"]["all-size"]["memory"].items()}
 
     plain = memory()
     assert memory("--dtype", "bfloat16")["weights"] * 2 == plain["weights"]
@@ -129,11 +129,11 @@ def test_launch_folder_works_from_anywhere(device, capsys, model, tmp_path, monk
     assert list(target.parent.iterdir()) == [target]
     settings = load_config_from_file(str(target / "accelerate.yaml"))
     assert (settings.num_processes, settings.distributed_type) == (6, "MULTI_GPU")
-    assert json.loads((target / "placement.json").read_text())["allocations"]["all_size"]["experts"]
+    assert json.loads((target / "placement.json").read_text())["allocations"]["all-size"]["experts"]
     given = launch(target / "launch.sh", tmp_path / "elsewhere", "--max_steps", "5 6")
     assert given[:3] == ["launch", "--config_file", f"{target}/accelerate.yaml"]
-    assert given[3:7] == ["--machine_rank", "0", "-m", "mohge.commands.train"]
-    options = dict(zip(given[7::2], given[8::2], strict=True))
+    assert given[3:8] == ["--machine_rank", "0", "-m", "mohge", "train"]
+    options = dict(zip(given[8::2], given[9::2], strict=True))
     assert Path(options.pop("--model")).resolve() == tmp_path / "a model"
     assert options.pop("--use_cpu", "False") == str(device == "cpu")
     assert options == {

@@ -16,7 +16,8 @@ from mohge.commands.recipe import parse_recipe
 from mohge.commands.train import PretrainArguments
 from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.info import parameter_counts
-from mohge.model_cards.shipped import load_config, shipped_file, shipped_recipes
+from mohge.model_cards.names import shipped_file, shipped_recipes
+from mohge.model_cards.shipped import load_config
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
 from mohge.training.data.packing import TextSource, parse_sources
 

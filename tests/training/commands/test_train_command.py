@@ -259,6 +259,21 @@ def test_every_flag_is_explained(capsys, monkeypatch):
 # Reports.
 
 
+def test_a_line_for_each_entry_of_the_log_and_what_comes_next(inputs, tmp_path, capsys):
+    evaluated = {"eval_datasets": inputs / "b.jsonl", "eval_strategy": "steps", "eval_steps": 4}
+    output = train(inputs, tmp_path / "run", **evaluated)
+    *steps, held_out, written, generate, report = capsys.readouterr().out.splitlines()
+    form = r"step {}/4  loss \S+  perplexity \S+  [\d,]+ tokens/s  \d:\d\d:\d\d left  max_vio \d\.\d\d"
+    assert all(re.fullmatch(form.format(number), line) for number, line in enumerate(steps, 1)), steps
+    assert len(steps) == 4
+    assert re.fullmatch(r"step 4/4  held-out loss \S+  perplexity \S+", held_out)
+    loss, perplexity = (float(text.replace(",", "")) for text in re.findall(r"(?:loss|perplexity) (\S+)", steps[0]))
+    assert perplexity == pytest.approx(math.exp(losses(output, "lm_loss")[0]), rel=1e-3)
+    assert loss == pytest.approx(losses(output, "lm_loss")[0], rel=1e-3)
+    assert written == f"written: {output}"
+    assert (generate, report) == (f'next: mohge generate {output} "PROMPT"', f"next: mohge report {output}")
+
+
 def test_tensorboard_gets_the_figures(inputs, tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))

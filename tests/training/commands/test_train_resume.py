@@ -20,6 +20,7 @@ from pretrain_runs import (
     log,
     make_inputs,
     run_command,
+    run_command_interrupted_in_step,
     run_command_terminated_in_step,
     run_command_until,
     save_config,
@@ -188,12 +189,27 @@ def test_terminated_run_saves_the_step_that_was_running(kind, whole, inputs, cac
     ranks = Ranks(1, tmp_path / "logs", run_command_terminated_in_step, 5, None, cache, *flags)
     assert ranks.wait() == [1]
     lines = re.findall("^mohge.*", ranks.errors(), re.MULTILINE)
-    assert lines == ["mohge train: stopped, the same command goes on from here"]
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    assert lines == [f"mohge train: stopped, the same command goes on from here: {checkpoint}"]
     assert "Traceback" not in ranks.errors()
     assert get_last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-5")
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert main(["train", *flags]) == 0
     assert_same_run(tmp_path / "run", whole(kind))
+
+
+def test_interrupted_run_saves_the_step_that_was_running(whole, inputs, cache, tmp_path):
+    flags = command(inputs, tmp_path)
+    ranks = Ranks(1, tmp_path / "logs", run_command_interrupted_in_step, 5, cache, *flags)
+    assert ranks.wait() == [1]
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    assert [line for line in ranks.errors().splitlines() if "stop" in line] == [
+        "stopping after this step, with a checkpoint; Ctrl-C once more stops at once",
+        f"mohge train: stopped, the same command goes on from here: {checkpoint}",
+    ]
+    assert "Traceback" not in ranks.errors()
+    assert main(["train", *flags]) == 0
+    assert_same_run(tmp_path / "run", whole("plain"))
 
 
 def test_terminated_run_without_checkpoints_of_its_own_goes_on(whole, inputs, cache, tmp_path):

@@ -64,7 +64,7 @@ def release():
 
 def test_all_size_is_exactly_even_for_the_release_and_contiguous_is_not(release):
     workload = Workload(devices=8, dtype=torch.bfloat16)
-    even = allocation_costs("all_size", release, workload)
+    even = allocation_costs("all-size", release, workload)
     assert len(set(even.parameters)) == len(set(even.total_memory)) == 1
     assert even.flops_imbalance == pytest.approx(1, abs=1e-12)
     assert even.expert_flops == pytest.approx([2 * 2 * 6 * 3 * 1024 * 832] * 8)  # six experts of mean width
@@ -123,7 +123,7 @@ def test_operations_and_bytes_are_those_of_each_choice_sent_in_turn(name, device
 
 
 def test_one_device_exchanges_nothing():
-    costs = allocation_costs("all_size", make_config(), Workload(devices=1))
+    costs = allocation_costs("all-size", make_config(), Workload(devices=1))
     assert costs.exchanged_bytes == [0]
     assert costs.expert_flops[0] > 0
 
@@ -160,7 +160,7 @@ def test_operations_are_those_that_pytorch_counts(overrides):
     traffic.add(outputs.tokens_per_expert, ids.numel())
     flops = dense_flops(config, sequence_length=20)
     flops["attention_scores"] *= 20 / 10.5
-    routed = allocation_costs("all_size", config, Workload(1), layer_loads(config, traffic)).expert_flops[0]
+    routed = allocation_costs("all-size", config, Workload(1), layer_loads(config, traffic)).expert_flops[0]
     counted = counter.get_total_flops() / ids.numel()
     assert counted == pytest.approx(sum(flops.values()) + routed, rel=0.02)  # counters of the losses, rotary matrices
     assert counted >= sum(flops.values()) + routed
@@ -260,7 +260,7 @@ def build(overrides: dict) -> tuple[MoHGEForCausalLM, torch.Tensor]:
 def estimated(config: MoHGEConfig, traffic: RouterTraffic, devices: int = 1, **kwargs) -> float:
     """The estimate of activations, and the log-probabilities that the loss keeps."""
     workload = Workload(devices, tokens=sum(traffic.tokens), **kwargs)
-    costs = allocation_costs("all_size", config, workload, layer_loads(config, traffic))
+    costs = allocation_costs("all-size", config, workload, layer_loads(config, traffic))
     return sum(costs.memory["activations"]) / devices + sum(traffic.tokens) * 4 * config.vocab_size
 
 

@@ -65,7 +65,7 @@ def test_rows_for_experts_elsewhere_are_spread_over_their_copies():
     assert split_choices(choices, allocation).sum(2).fill_diagonal_(0).tolist() == sent.tolist()
 
 
-@pytest.mark.parametrize("name", ["all_size", "contiguous", "paired", "packed"])
+@pytest.mark.parametrize("name", ["all-size", "contiguous", "paired", "packed"])
 def test_every_chosen_row_is_computed_once(name):
     config = small_config(num_experts_per_group=[4, 8])
     allocation = allocate(config, 4)[name][0]
@@ -126,7 +126,7 @@ def by_loops(hardware, choices, allocations, dense_flops):
 
 @pytest.mark.parametrize("node_size", [2, 3])
 @pytest.mark.parametrize(("devices", "ep_size"), [(1, 1), (2, 2), (4, 2), (6, 2)])
-@pytest.mark.parametrize("name", ["all_size", "contiguous", "paired", "packed"])
+@pytest.mark.parametrize("name", ["all-size", "contiguous", "paired", "packed"])
 def test_a_step_is_what_plain_loops_give(name, devices, ep_size, node_size):
     config, machine = small_config(), replace(MACHINE, node_size=node_size)
     assert config.expert_widths == (4, 6, 6, 4, 6, 6)
@@ -143,9 +143,9 @@ def test_a_step_is_what_plain_loops_give(name, devices, ep_size, node_size):
 def test_groups_that_reach_over_two_nodes_pay_for_the_link_between_them():
     """Four devices that share the experts, in nodes of two."""
     config = small_config(num_experts_per_group=[4, 8])
-    allocations = allocate(config, 4)["all_size"]
+    allocations = allocate(config, 4)["all-size"]
     choices = [torch.ones(4, 12, dtype=torch.float64)] * 2
-    found = simulate(config, MACHINE, [choices], {"all_size": allocations})["all_size"]
+    found = simulate(config, MACHINE, [choices], {"all-size": allocations})["all-size"]
     # Each device sends 3 rows of 16 bytes to each other: 48 inside at 10 bytes/s, 96 outside at 2 bytes/s.
     inside, outside = 0.5 + 48 / 10, 2 * 1.0 + 96 / 2
     without_links = found.device[0] - 2 * 4 * max(inside, outside)
@@ -155,7 +155,7 @@ def test_groups_that_reach_over_two_nodes_pay_for_the_link_between_them():
 def test_one_device_does_not_communicate():
     config = small_config()
     choices = next(draw_routing(config, 1, steps=1, tokens=20))
-    found = simulate(config, MACHINE, [choices], {"all_size": allocate(config, 1)["all_size"]})["all_size"]
+    found = simulate(config, MACHINE, [choices], {"all-size": allocate(config, 1)["all-size"]})["all-size"]
     assert float(found.step[0]) == pytest.approx(float(found.expert.sum()))
     assert found.summary()["waiting_share"] == pytest.approx(0, abs=1e-12)
 
@@ -166,8 +166,8 @@ def test_communication_takes_half_as_long_with_twice_the_bandwidth():
 
     def step_seconds(bandwidth):
         machine = replace(MACHINE, link_latency_seconds=0, link_bytes_per_second=bandwidth)
-        allocations = {"all_size": allocate(config, 2)["all_size"]}
-        return float(simulate(config, machine, [choices], allocations)["all_size"].step[0])
+        allocations = {"all-size": allocate(config, 2)["all-size"]}
+        return float(simulate(config, machine, [choices], allocations)["all-size"].step[0])
 
     saved = step_seconds(10) - step_seconds(20)
     assert saved > 1
@@ -280,13 +280,13 @@ def test_balanced_traffic_on_the_shape_of_mohge_3b(devices):
     routing = draw_routing(config, devices, steps=3, tokens=4096)
     found = simulate(config, HARDWARE["h100"], routing, allocate(config, ep_size))
     imbalance = {name: simulation.summary()["expert_time_max_over_mean"] for name, simulation in found.items()}
-    assert 1 < imbalance["all_size"] <= 1.05
+    assert 1 < imbalance["all-size"] <= 1.05
     # 1280 over the mean width 832, a little less for what does not depend on width, a little more for chance.
     assert imbalance["contiguous"] >= 1.5
     assert imbalance["contiguous"] == pytest.approx(1280 / 832, rel=0.02)
     assert 1 < imbalance["paired"] <= 1.05
     assert 1 < imbalance["packed"] <= 1.05
-    assert found["contiguous"].step.min() > found["all_size"].step.max()
+    assert found["contiguous"].step.min() > found["all-size"].step.max()
 
 
 def test_traffic_between_groups_does_not_unbalance_all_size_allocation():
@@ -300,7 +300,7 @@ def test_traffic_between_groups_does_not_unbalance_all_size_allocation():
     machine = replace(HARDWARE["h100"], memory_bytes_per_second=1e30, kernel_overhead_seconds=0)
     found = simulate(config, machine, routing, allocate(config, 8))
     imbalance = {name: simulation.summary()["expert_time_max_over_mean"] for name, simulation in found.items()}
-    assert imbalance["all_size"] == pytest.approx(1)
+    assert imbalance["all-size"] == pytest.approx(1)
     assert imbalance["contiguous"] > 1.3
 
 
@@ -320,7 +320,7 @@ def test_layers_may_differ():
     assert [layer.expert_widths for layer in config.sparse_layers] == [(4, 6, 6) * 2, (4, 4, 6) * 2]
     machine = replace(MACHINE, kernel_overhead_seconds=0, memory_bytes_per_second=1e30)
     choices = [torch.tensor([[1.0, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]], dtype=torch.float64)] * 2
-    found = simulate(config, machine, [choices], {"all_size": allocate(config, 2)["all_size"]})["all_size"]
+    found = simulate(config, machine, [choices], {"all-size": allocate(config, 2)["all-size"]})["all-size"]
     # Ids 0 to 2 are on the first device: both devices' rows for them times their widths.
     work = [[8 * 4 + 10 * 6 + 12 * 6, 14 * 4 + 16 * 6 + 18 * 6], [8 * 4 + 10 * 4 + 12 * 6, 14 * 4 + 16 * 4 + 18 * 6]]
     assert (found.expert[0, :, 0] * 1000 / (3 * 6 * 8)).tolist() == [pytest.approx(layer) for layer in work]
@@ -333,7 +333,7 @@ def test_nothing_is_sent_to_removed_experts():
     expected[:, [0, 3]] = 0
     config = small_config(moe_intermediate_sizes=[0, 6])
     found, wanted = (
-        simulate(config, MACHINE, [[rows] * 2], {"all_size": allocate(config, 2)["all_size"]})["all_size"]
+        simulate(config, MACHINE, [[rows] * 2], {"all-size": allocate(config, 2)["all-size"]})["all-size"]
         for rows in (choices, expected)
     )
     assert found.summary() == wanted.summary()

@@ -1,0 +1,51 @@
+"""The examples run as they stand, with few steps, one on what another has made; and so do the notebook's cells."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def example(monkeypatch, path: str, *arguments: str):
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(str(ROOT / path), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(tmp_path_factory.mktemp("examples"))
+        example(monkeypatch, "training/examples/pretrain.py", "first-model", "2")
+        yield Path.cwd()
+
+
+def test_serve(place, monkeypatch, capsys):
+    example(monkeypatch, "conversion/examples/serve.py")
+    assert "vllm serve padded" in capsys.readouterr().out
+
+
+def test_compress(place, monkeypatch, capfd):
+    example(monkeypatch, "conversion/examples/compress.py")
+    assert "parameters: " in capfd.readouterr().out
+    assert (place / "compressed-recovered" / "config.json").exists()
+
+
+def test_upcycle(place, monkeypatch, capfd):
+    example(monkeypatch, "conversion/examples/upcycle.py")
+    assert "exact: True" in capfd.readouterr().out
+    assert (place / "upcycled-trained" / "config.json").exists()
+
+
+def test_notebook(place, monkeypatch, capsys):
+    notebook = json.loads((ROOT / "training/examples/first_steps.ipynb").read_text(encoding="utf-8"))
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("STEPS = 200", "STEPS = 2"), names)
+    assert len(names["used"]) == names["tokens"].numel()
+    assert all(64 * 4 <= count <= 256 * 4 for count in names["used"])

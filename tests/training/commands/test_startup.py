@@ -1,0 +1,171 @@
+"""What is answered at once: help, versions and wrong usage, without torch and transformers, which take seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mohge.commands.main import COMMANDS, main, make_parser
+
+
+ROOT = Path(__file__).parents[3]
+TRY = """
+import contextlib, io, json, sys
+
+commands = json.loads(sys.argv[1])
+from mohge.commands.main import main
+
+results = []
+for command in commands:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            status = main(command)
+        except SystemExit as end:
+            status = end.code
+    heavy = sorted({"torch", "transformers", "datasets", "accelerate", "numpy"} & sys.modules.keys())
+    results.append([status, heavy, printed.getvalue()])
+print(json.dumps(results))
+"""
+NAMES = ["info", "convert", "place", "simulate", "eval", "serve-check", "generate", "chat"]
+NAMES += ["report", "train", "finetune", "push", "demo"]
+QUICK = {
+    "help": (["--help"], 0, "COMMAND"),
+    "version": (["--version"], 0, "mohge 0."),
+    "nothing": ([], 2, "required: COMMAND"),
+    "command": (["tarin"], 2, "did you mean train?"),
+    "option": (["convert", "--widhts", "3"], 2, "did you mean --widths?"),
+    "router": (["demo", "--router", "tow_level"], 2, "did you mean two_level?"),
+    "trainer's flag": (["train", "--learning_rat", "3"], 2, "did you mean --learning_rate?"),
+    "our flag": (["finetune", "--lora-rnk=3"], 2, "did you mean --lora_rank?"),
+    "path": (["info", "runs/tniy"], 2, "did you mean runs/tiny?"),
+    "folder": (["eval", "rnus/tiny", "--datasets", "a"], 2, "did you mean runs/tiny?"),
+    "not in the folder": (["report", "runs/other"], 2, "runs/other does not exist"),
+    "recipe": (["place", "tinny", "--devices", "2"], 2, "did you mean tiny?"),
+    **{f"{name} --help": ([name, "--help"], 0, f"usage: mohge {name}") for name in NAMES},
+}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> dict[str, list]:
+    """What each command gives, all in one process without network, where `runs/tiny` is a folder."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "runs" / "tiny").mkdir(parents=True)
+    commands = json.dumps([command for command, _, _ in QUICK.values()])
+    done = subprocess.run([sys.executable, "-c", TRY, commands], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(QUICK, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_answered_without_importing_what_runs(name, quick):
+    status, heavy, printed = quick[name]
+    _, expected, text = QUICK[name]
+    assert (status, heavy) == (expected, []), printed
+    assert text in printed
+    if expected:
+        assert "Traceback" not in printed
+        assert len([line for line in printed.splitlines() if line.startswith("mohge")]) == 1
+    assert not {"\r", "\x1b"} & {*printed}
+
+
+def test_every_command_has_a_parser():
+    parser = make_parser()
+    (commands,) = (action for action in parser._actions if action.dest == "command")
+    assert [*commands.choices] == NAMES
+    assert len(COMMANDS) == len(NAMES)
+
+
+def test_help_of_training_begins_with_our_flags(quick):
+    printed = quick["train --help"][2]
+    places = [
+        printed.index(f"\n{text}") for text in ("flags of mohge:", "most used flags", "Optimizer:", "Dataloader:")
+    ]
+    assert places == sorted(places)
+    assert printed.index("  --sequence_length") < printed.index("  --learning_rate") < printed.index("  --adam_beta1")
+
+
+ORDERS = {
+    "package first": "import mohge\nfrom transformers import AutoConfig, AutoModelForCausalLM",
+    "between": "from transformers import AutoConfig\nimport mohge\nfrom transformers import AutoModelForCausalLM",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_know_the_model_in_any_order_of_imports(order):
+    code = f"""
+import sys
+{ORDERS[order]}
+
+assert "mohge.modeling_mohge" not in sys.modules
+config = AutoConfig.from_pretrained({str(ROOT / "model_cards" / "tiny")!r})
+import torch
+
+with torch.device("meta"):
+    print(type(AutoModelForCausalLM.from_config(config)).__name__, isinstance(config, mohge.MoHGEConfig))
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+assert [*CONFIG_MAPPING].count("mohge") == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "MoHGEForCausalLM True\n"
+
+
+# Ctrl-C.
+
+
+@pytest.fixture
+def _listens():
+    """As in a terminal; tests in the background ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted_in_a_package(*args):
+    """Such as numpy, of which half has been imported."""
+    try:
+        interrupted()
+    except KeyboardInterrupt:
+        raise ImportError("cannot load module more than once per process") from None
+
+
+@pytest.mark.usefixtures("_listens")
+@pytest.mark.parametrize("run", [interrupted, interrupted_in_a_package])
+def test_interrupt_ends_any_command_with_one_line(run, monkeypatch, capsys):
+    for command, left in (
+        (["info", "tiny"], "nothing was written"),
+        (["convert", str(ROOT / "model_cards" / "tiny"), "out"], "the same command goes on from here"),
+        (["train", "tiny"], "nothing was written"),
+    ):
+        monkeypatch.setattr(f"mohge.commands.{command[0]}.run", run)
+        assert main(command) == 1
+        assert capsys.readouterr().err == f"\nmohge {command[0]}: interrupted, {left}\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_before_the_first_step_says_that_there_is_no_checkpoint(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mohge.commands.train.load_config", interrupt)
+    assert main(["train", "tiny", "--output_dir", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "\nmohge train: interrupted, no checkpoint was there yet\n"
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    assert main(["train", "tiny", "--output_dir", str(tmp_path / "run")]) == 1
+    assert f"the same command goes on from {tmp_path / 'run' / 'checkpoint-3'}" in capsys.readouterr().err
+
+
+def test_completion_is_made_of_the_parser():
+    shtab = pytest.importorskip("shtab")
+    script = shtab.complete(make_parser(), "bash")
+    assert all(word in script for word in ("serve-check", "--learning_rate", "--experts-per-group", "grouped_top_k"))

@@ -1,0 +1,6 @@
+"""The command `mohge chat`."""
+
+from .generate import run_chat as run
+
+
+__all__ = ["run"]
