@@ -171,11 +171,12 @@ class MoHGETrainer(Trainer):
         logs.update(self._figures(steps=self.state.global_step - self._first_step))
         self.logged_tokens = 0 if self._statistics is None else float(self._statistics.tokens)
         load = self._statistics.counts if self._statistics is not None and self._statistics.tokens > 0 else None
-        tokens, began = self._statistics and float(self._statistics.tokens), self._began
+        began = self._began
         self._start_sums()
         super().log(logs, start_time)
-        if tokens and began is not None:  # in the record only: no two runs have the same
-            self.state.log_history[-1]["tokens_per_second"] = round(tokens / (time.perf_counter() - began), 1)
+        if self.logged_tokens and began is not None:  # in the record only: no two runs have the same
+            speed = self.logged_tokens / (time.perf_counter() - began)
+            self.state.log_history[-1]["tokens_per_second"] = round(speed, 1)
         if load is not None:  # in the record only: reports take numbers
             self._record_load([[round(count) for count in layer.tolist()] for layer in load])
 

@@ -226,7 +226,7 @@ def test_demo(router, tmp_path, monkeypatch, capsys):
     page = _Sources()
     page.feed((folder / "report.html").read_text(encoding="utf-8"))
     assert len(page.sources) > 3
-    assert all(source.startswith("#") for source in page.sources)  # nothing from elsewhere
+    assert all(source.startswith(("#", "data:image/png;")) for source in page.sources)  # nothing from elsewhere
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert verdict in text  # the same figures, once
     assert text.lower().count(f"perplexity {ours}") == printed.lower().count("perplexity") == 1
