@@ -230,7 +230,7 @@ def test_demo(router, tmp_path, monkeypatch, capsys):
     text = Page((folder / "report.html").read_text(encoding="utf-8")).text
     assert verdict in text  # the same figures, once
     assert text.lower().count(f"perplexity {ours}") == printed.lower().count("perplexity") == 1
-    assert text.index(verdict) < text.index("By loss") < text.index("def read_file")
+    assert text.index(verdict) < text.index("By loss") < text.index("The prompt, then")
     assert "\x1b" not in printed
 
     assert json.loads((folder / "config.json").read_text())["router_type"] == router
