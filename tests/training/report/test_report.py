@@ -249,7 +249,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, run, tmp_p
     Path("text.md").write_text("x = 1")
     Path("one.jsonl").write_text(json.dumps({"input_ids": [3]}))
     Path("large.jsonl").write_text(json.dumps({"input_ids": [3, 9999]}))
-    for name in ("bare", "empty", "broken", "other", "dense"):
+    for name in ("bare", "empty", "broken", "other", "dense", *(f"run{n}" for n in range(9))):
         Path(name).mkdir()
     for name in ("bare", "broken"):
         shutil.copy(run / "config.json", name)
