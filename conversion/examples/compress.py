@@ -1,4 +1,5 @@
-"""Compress a mixture, each expert to the width it deserves: `python conversion/examples/compress.py [FOLDER] [OUT] [STEPS]`.
+"""Compress a mixture, each expert to the width it deserves:
+`python conversion/examples/compress.py [FOLDER] [OUT] [STEPS]`.
 
 FOLDER is a mixture of experts, by default the one that training/examples/pretrain.py makes. It keeps three quarters of
 its experts' parameters; then 50 steps with its own logits as targets win back some of what it lost.
@@ -27,7 +28,6 @@ print(f"parameters: {parameters['before']['total']:,} -> {parameters['after']['t
 print(f"perplexity: {logits['perplexity_before']:.2f} -> {logits['perplexity_after']:.2f}")
 
 recover = f"mohge finetune --model {out} --datasets standard-library --distill {folder} --output_dir {out}-recovered"
-settings = (
-    f"--max_steps {steps} --learning_rate 1e-4 --sequence_length 256 --per_device_train_batch_size 8 --report_to none"
-)
-subprocess.run([sys.executable, "-m", *recover.split(), *settings.split()], check=True)
+settings = f"--max_steps {steps} --learning_rate 1e-4 --sequence_length 256 --per_device_train_batch_size 8"
+command = [*recover.split(), *settings.split(), "--report_to", "none"]
+subprocess.run([sys.executable, "-m", *command], check=True)
