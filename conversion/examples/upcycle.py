@@ -34,7 +34,5 @@ receipt = mohge.convert(dense, out, mode="residual", widths=[64, 128, 256], expe
 print(f"exact: {receipt['exact']}, relative error of the logits {receipt['logits']['relative_error_median']:.1g}")
 
 train = f"mohge train --model {out} --datasets standard-library --output_dir {out}-trained --max_steps {steps}"
-settings = (
-    "--learning_rate 1e-3 --sequence_length 128 --per_device_train_batch_size 8 --logging_steps 5 --report_to none"
-)
+settings = "--learning_rate 1e-3 --sequence_length 128 --per_device_train_batch_size 8 --report_to none"
 subprocess.run([sys.executable, "-m", *train.split(), *settings.split()], check=True)
