@@ -30,13 +30,13 @@ def test_serve(place, monkeypatch, capsys):
 
 
 def test_compress(place, monkeypatch, capfd):
-    example(monkeypatch, "conversion/examples/compress.py")
+    example(monkeypatch, "conversion/examples/compress.py", "first-model", "compressed", "2")
     assert "parameters: " in capfd.readouterr().out
     assert (place / "compressed-recovered" / "config.json").exists()
 
 
 def test_upcycle(place, monkeypatch, capfd):
-    example(monkeypatch, "conversion/examples/upcycle.py")
+    example(monkeypatch, "conversion/examples/upcycle.py", "tiny-llama", "upcycled", "2")
     assert "exact: True" in capfd.readouterr().out
     assert (place / "upcycled-trained" / "config.json").exists()
 

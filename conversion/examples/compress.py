@@ -1,7 +1,8 @@
-"""Compress a mixture, each expert to the width it deserves: `python conversion/examples/compress.py [FOLDER] [OUT]`.
+"""Compress a mixture, each expert to the width it deserves:
+`python conversion/examples/compress.py [FOLDER] [OUT] [STEPS]`.
 
 FOLDER is a mixture of experts, by default the one that training/examples/pretrain.py makes. It keeps three quarters of
-its experts' parameters; then 20 steps with its own logits as targets win back some of what it lost.
+its experts' parameters; then 50 steps with its own logits as targets win back some of what it lost.
 """
 
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import mohge
 
 
-folder, out = (*sys.argv[1:], *("first-model", "compressed")[len(sys.argv) - 1 :])
+folder, out, steps = (*sys.argv[1:], *("first-model", "compressed", "50")[len(sys.argv) - 1 :])
 
 receipt = mohge.convert(
     folder,
@@ -27,5 +28,6 @@ print(f"parameters: {parameters['before']['total']:,} -> {parameters['after']['t
 print(f"perplexity: {logits['perplexity_before']:.2f} -> {logits['perplexity_after']:.2f}")
 
 recover = f"mohge finetune --model {out} --datasets standard-library --distill {folder} --output_dir {out}-recovered"
-settings = "--max_steps 20 --learning_rate 1e-4 --sequence_length 256 --per_device_train_batch_size 8 --report_to none"
-subprocess.run([sys.executable, "-m", *recover.split(), *settings.split()], check=True)
+settings = f"--max_steps {steps} --learning_rate 1e-4 --sequence_length 256 --per_device_train_batch_size 8"
+command = [*recover.split(), *settings.split(), "--report_to", "none"]
+subprocess.run([sys.executable, "-m", *command], check=True)

@@ -1,5 +1,5 @@
 """A dense model becomes a mixture of experts of different width, and goes on training:
-`python conversion/examples/upcycle.py [DENSE] [OUT]`.
+`python conversion/examples/upcycle.py [DENSE] [OUT] [STEPS]`.
 
 DENSE is a folder or Hub id of a dense model, such as Qwen/Qwen3-0.6B; without one, a tiny Llama is made on the spot.
 """
@@ -14,7 +14,7 @@ import mohge
 from mohge.training.data.corpus import standard_library_texts, train_tokenizer
 
 
-dense, out = (*sys.argv[1:], *("tiny-llama", "upcycled")[len(sys.argv) - 1 :])
+dense, out, steps = (*sys.argv[1:], *("tiny-llama", "upcycled", "50")[len(sys.argv) - 1 :])
 if dense == "tiny-llama" and not Path(dense).exists():
     tokenizer = train_tokenizer(standard_library_texts()[0], 4096)
     config = LlamaConfig(
@@ -33,6 +33,6 @@ if dense == "tiny-llama" and not Path(dense).exists():
 receipt = mohge.convert(dense, out, mode="residual", widths=[64, 128, 256], experts_per_group=[4, 4, 4], top_k=2)
 print(f"exact: {receipt['exact']}, relative error of the logits {receipt['logits']['relative_error_median']:.1g}")
 
-settings = f"--model {out} --datasets standard-library --output_dir {out}-trained --max_steps 20 --learning_rate 1e-3"
-settings += " --sequence_length 128 --per_device_train_batch_size 8 --logging_steps 5 --report_to none"
-subprocess.run([sys.executable, "-m", "mohge", "train", *settings.split()], check=True)
+train = f"mohge train --model {out} --datasets standard-library --output_dir {out}-trained --max_steps {steps}"
+settings = "--learning_rate 1e-3 --sequence_length 128 --per_device_train_batch_size 8 --report_to none"
+subprocess.run([sys.executable, "-m", *train.split(), *settings.split()], check=True)
