@@ -101,7 +101,7 @@ def assert_same_run(actual: Path, expected: Path):
 
 
 def without_times(run: Path) -> list[dict]:
-    times = ("runtime", "samples_per_second", "steps_per_second")
+    times = ("runtime", "per_second")
     return [{name: value for name, value in entry.items() if not name.endswith(times)} for entry in history(run)]
 
 
