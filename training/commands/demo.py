@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     return run_demo(options.router, options.output, options.steps, options.seed)
 
 
-def run_demo(router: str, output: str | None = None, steps: int = 150, seed: int = 0) -> int:
+def run_demo(router: str, output: str | None = None, steps: int = 200, seed: int = 0) -> int:
     """
     Train, evaluate, save, reload and sample a small model on the Python standard library's own text, and train a
     control to compare it with: as many experts of one width, and as many parameters.
@@ -76,7 +76,7 @@ def run_demo(router: str, output: str | None = None, steps: int = 150, seed: int
     Args:
         router (`str`): A `router_type` of [`MoHGEConfig`].
         output (`str`, *optional*): Folder to create; by default `mohge-demo-{router}`, numbered if that exists.
-        steps (`int`, *optional*, defaults to 150): Optimizer steps of 2048 tokens, for each of the two models.
+        steps (`int`, *optional*, defaults to 200): Optimizer steps of 2048 tokens, for each of the two models.
         seed (`int`, *optional*, defaults to 0): Seed of weights and data order.
 
     Returns:

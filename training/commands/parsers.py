@@ -297,7 +297,7 @@ def demo(parser: argparse.ArgumentParser):
         help="routing system: MoHGE, HMoE top-k, HMoE top-p or Hi-MoE (default: %(default)s)",
     )
     parser.add_argument("--output", help="folder to create for model, plots and page (default: mohge-demo-ROUTER)")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each model (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of each model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
