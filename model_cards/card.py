@@ -11,9 +11,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from mohge import MoHGEConfig
 from mohge.info import counts_as_routed, describe, parameter_counts
 
-from .folder import PICTURE
+from .folder import ADAPTER_CONFIG, PICTURE, read_json
 from .names import is_hub_id
-from .records import read_record, recorded_routings
+from .records import read_record, recorded_routings, without_places
 
 
 TEMPLATE = Path(__file__).with_name("template.md")
@@ -111,6 +111,31 @@ def make_card(
             (_dataset_name(result), _conditions(result), result["metrics"]) for result in evaluation.get("results", [])
         ],
     )
+
+
+def adapter_card(folder: Path) -> ModelCard:
+    """
+    The card of an adapter, in place of the empty one that PEFT writes.
+
+    Args:
+        folder (`Path`): Folder of the adapter.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    base = without_places(str(config["base_model_name_or_path"]))
+    data = ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["mohge", "lora"],
+    )
+    text = f"""
+# {folder.resolve().name}
+
+An adapter (LoRA, rank {config["r"]}, and others where `rank_pattern` in `{ADAPTER_CONFIG}` says so) for `{base}`, a
+mixture of experts that differ in width. `mohge finetune --model FOLDER_OF_THIS --merge MERGED` makes a plain model of
+both, and checks that it computes the same. Not measured: how good it is at anything.
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARKER}\n{text}")
 
 
 def draw_widths(config: MoHGEConfig, folder: Path):

@@ -19,8 +19,10 @@ from transformers import (
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.info import describe_counts
+from mohge.model_cards.card import make_card
+from mohge.model_cards.records import write_record
 from mohge.model_cards.reload import CACHE_TOLERANCE, cache_error
-from mohge.model_cards.writing import new_folder
+from mohge.model_cards.writing import new_folder, write_file
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
 from mohge.training.data.packing import TextSource, batches, collate_packed, packed_blocks
 from mohge.training.loop.trainer import MoHGETrainer
@@ -28,6 +30,8 @@ from mohge.training.report import RoutingEvaluation, evaluate_routing, format_ro
 from mohge.training.report.page import Report, render, write_page
 from mohge.training.report.sample import for_terminal, pieces
 from mohge.training.report.verdict import against_control
+
+from .evaluate import EVALUATION_NAME
 
 
 BLOCK = 256
@@ -93,6 +97,8 @@ def run_demo(router: str, output: str | None = None, steps: int = 200, seed: int
     with new_folder(target, "demo") as temporary:
         folder = temporary / "demo"
         checks_passed = _run(router, folder, steps, seed)
+        config = MoHGEConfig.from_pretrained(folder)
+        write_file(folder / "README.md", str(make_card(folder, target.name, config)))
         folder.rename(target)  # only now, so that an interrupted run leaves nothing
     print(f"page: {target / 'report.html'}")
     return 0 if checks_passed else 1
@@ -118,7 +124,9 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     print(f"\n1 of 2: {EXPERTS} experts of {', '.join(map(str, WIDTHS))} neurons ({router})", flush=True)
     trainer, evaluation = _train(config, training_set, held_out_set, folder, steps, seed)
     print(f"2 of 2, the control: {EXPERTS} experts of {uniform.moe_intermediate_sizes[0]} neurons", flush=True)
-    control_trainer, control_evaluation = _train(uniform, training_set, held_out_set, folder, steps, seed)
+    control_trainer, control_evaluation = _train(
+        uniform, training_set, held_out_set, folder.with_name("control"), steps, seed
+    )
     learned = evaluation.perplexity < len(tokenizer)
     if not learned:
         print(f"CHECK FAILED: the perplexity is not below {len(tokenizer):,}, that of guessing")
@@ -155,6 +163,10 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
     print(describe_counts(config, [evaluation.statistics.routing(about)]))
     print(f"\n{against_control(report)}\n")
     write_page(render(report), folder / "report.html")
+    measured = {"perplexity": evaluation.perplexity, "tokens": len(evaluation.token_ids)}
+    dataset = {"path": STANDARD_LIBRARY, "split": "validation"}
+    result = {"dataset": dataset, "settings": {"sequence_length": BLOCK}, "metrics": measured}
+    write_record(folder / EVALUATION_NAME, {"results": [result]})
     print(f"done in {time.perf_counter() - started:.0f} s")
     return identical and cache_works and learned
 

@@ -20,8 +20,10 @@ from mohge.commands.flags import FinetuneArguments
 from mohge.commands.main import run_process
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
+from mohge.model_cards.card import adapter_card
 from mohge.model_cards.names import may_be_on_hub, not_found
 from mohge.model_cards.shipped import load_config
+from mohge.model_cards.writing import write_file
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
 from mohge.training.loop.trainer import MoHGETrainer
@@ -81,6 +83,8 @@ def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[s
     if not train_and_save(trainer, given, checkpoint):
         print_stopped("finetune", training)
         return 1
+    if adapters and training.should_save:
+        write_file(Path(training.output_dir) / "README.md", str(adapter_card(Path(training.output_dir))))
     if own.merge is not None:
         return _merge(training.output_dir, own) if training.should_save else 0
     folder = training.output_dir

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.conversion.tokenizer import load_tokenizer
 from mohge.loading import load_model
+from mohge.model_cards.card import make_card
 from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, matching_files, read_json
 from mohge.model_cards.shipped import load_config
-from mohge.model_cards.writing import new_folder
+from mohge.model_cards.writing import new_folder, write_file
 
 from .lora import known_patterns, read_adapter
 
@@ -111,6 +112,7 @@ def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | 
         reloaded = load_model(folder, config=config, dtype=torch.float32).eval()
         check = MergeCheck(_error(_logits(reloaded, tokens), wanted), _error(before, wanted), dtype)
         if check.passed:
+            write_file(folder / "README.md", str(make_card(folder, target.name, config)))
             add_config(folder, target)
     return check
 

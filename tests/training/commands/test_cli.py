@@ -232,6 +232,7 @@ def test_demo(router, tmp_path, monkeypatch, capsys):
     assert text.lower().count(f"perplexity {ours}") == printed.lower().count("perplexity") == 1
     assert text.index(verdict) < text.index("By loss") < text.index("The prompt, then")
     assert "\x1b" not in printed
+    assert f"| perplexity | {ours.replace(',', '')}" in (folder / "README.md").read_text(encoding="utf-8")
 
     assert json.loads((folder / "config.json").read_text())["router_type"] == router
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -100,6 +100,11 @@ def test_adapters_are_trained_alone_and_merged(kind, request, capsys, recwarn):
     files = {file.name for file in (place / "merged").iterdir()}
     assert {"recipe.yaml", "trainer_state.json", "traffic.json", "tokenizer.json"} <= files
     assert "adapter_config.json" not in files
+    adapter, model = ((place / name / "README.md").read_text(encoding="utf-8") for name in ("lora", "merged"))
+    assert "(LoRA, rank 4, " in adapter
+    assert not [empty for empty in ("More Information Needed", str(place)) if empty in adapter]
+    assert "\n# merged\n" in model
+    assert "parameters in all" in model
 
 
 def test_a_run_that_was_stopped_before_its_merge_goes_on_with_it(place, tmp_path):
