@@ -132,8 +132,8 @@ def adapter_card(folder: Path) -> ModelCard:
 # {folder.resolve().name}
 
 An adapter (LoRA, rank {config["r"]}, and others where `rank_pattern` in `{ADAPTER_CONFIG}` says so) for `{base}`, a
-mixture of experts that differ in width. `mohge finetune --model FOLDER_OF_THIS --merge MERGED` makes a plain model of
-both, and checks that it computes the same. Not measured: how good it is at anything.
+mixture of experts. `mohge finetune --model FOLDER_OF_THIS --merge MERGED` makes a plain model of both, and checks that
+it computes the same. Not measured: how good it is at anything.
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARKER}\n{text}")
 

@@ -126,8 +126,8 @@ def mohge_forward(
     emulated = mohge_kernels.EMULATES_BFLOAT16 and dtype == torch.bfloat16 and hidden_states.device.type == "cpu"
     if emulated and not is_torchdynamo_compiling():
         logger.warning_once(
-            "this processor has no instructions for bfloat16: with `dtype=torch.float32` experts are faster here, and "
-            "take twice the memory"
+            "this processor has no instructions for bfloat16: with `dtype=torch.float32` training and long prompts "
+            "are faster here, though not decoding, and weights take twice the memory"
         )
     packed = None
     if experts.config._experts_implementation == "mohge_prepacked" and dtype == gate_up[0].dtype:
