@@ -255,8 +255,7 @@ class Decoder:
             with ComputeInFloat32():
                 yield found
         finally:
-            empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-            found.layer.load_state_dict(empty, assign=True)
+            _empty(found.layer)
 
     def run(self, number: int, ids: torch.Tensor, before: Passed | None) -> Passed:
         """What layer `number` makes of the tokens `ids` [b, S] and what the layer before it left, None for the
@@ -368,8 +367,10 @@ class Source(Decoder):
         others = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
         if self.experts is None:
             expert = self._dense(found)
+            _empty(module)
             return LayerWeights(others, lambda index: expert)
         stacks = stacked_experts(module)
+        _empty(module)
         return LayerWeights(others, lambda index: _expert(stacks, index))
 
     def write_layer(self, number: int, weights: LayerWeights) -> dict[str, torch.Tensor]:
@@ -437,6 +438,12 @@ class MoHGE(Decoder):
         prefix, parts = f"{self.block(number)}experts.", ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias")
         groups = self.config.per_layer_config[number].num_groups
         return [[f"{prefix}{part}_{group}" for part in parts] for group in range(groups)]
+
+
+def _empty(module: nn.Module):
+    """Let go of the weights of a module."""
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict().items()}
+    module.load_state_dict(empty, assign=True)
 
 
 def _expert(stacks: ExpertStacks, index: int) -> Expert:

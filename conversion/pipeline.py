@@ -79,11 +79,21 @@ def settle(plan: Plan, progress: bool = False):
         _survey(plan, batches, Path(folder), progress)
 
 
-def _survey(plan: Plan, batches: list[torch.Tensor], folder: Path, progress: bool):
+def _survey(
+    plan: Plan, batches: list[torch.Tensor], folder: Path, progress: bool, keeps_statistics: bool = False
+) -> Survey:
     survey = Survey(
-        plan.source, plan.tensors, batches, folder, plan.recipe.device, refits=plan.mode.refits, progress=progress
+        plan.source,
+        plan.tensors,
+        batches,
+        folder,
+        plan.recipe.device,
+        refits=plan.mode.refits,
+        keeps=keeps_statistics,
+        progress=progress,
     )
     plan.mode.settle(survey.measure(plan.mode.criterion), sum(batch.numel() for batch in batches))
+    return survey
 
 
 def _tokens(plan: Plan) -> Tokens:
@@ -143,7 +153,9 @@ class _Conversion:
         plan.source.load_outer(outer, self.device)
         if plan.mode.criterion is not None:
             batches = [self.batches[batch] for batch in self.fitted]
-            _survey(plan, batches, staging.scratch, self.progress)
+            self.survey = _survey(plan, batches, staging.scratch, self.progress, plan.mode.keeps_statistics)
+            if plan.mode.keeps_statistics:
+                self.fitted = range(0)
         plan.target.load_outer(outer, self.device)
         folder = staging.prepare()
         tokenizer = self._write_side_files(folder)
@@ -173,6 +185,8 @@ class _Conversion:
         write_file(report, json.dumps(notes))
         for stream in (self.source, self.target, self.entering, self.leaving):
             stream.drop(number)
+        if self.plan.mode.keeps_statistics:
+            self.survey.drop(number)
 
     def _copy_outer(self, tensors: dict[str, torch.Tensor]) -> list[Future]:
         """Write the first shard, of the tensors outside of the layers; what remains to be waited for."""
@@ -229,7 +243,9 @@ class _Conversion:
                             self.source.save(number + 1, batch, states)
                 ran = True
 
-            if weights.expert is not None:
+            if weights.expert is not None and self.plan.mode.keeps_statistics:
+                statistics = self.survey.statistics(number)
+            elif weights.expert is not None:
                 statistics = self.plan.mode.observe(layer, weights, run)
             if not ran:
                 run()

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import NamedTensors
 from .decoders import Expert, MoHGE, Passed, Source
-from .statistics import LayerSaliency, magnitude, observe_experts
+from .statistics import ExpertStatistics, LayerSaliency, magnitude, observe_experts
 from .streams import Stream
 
 
@@ -31,18 +31,17 @@ _LISTS = ("neurons", "order", "lost")
 
 
 class _Sums:
-    """Adds up over batches what [`LayerSaliency`] follows from; Gram matrices only where there will be a refit."""
+    """Adds up over batches what [`LayerSaliency`] follows from, and statistics for a refit where they are wanted."""
 
-    def __init__(self, widths: list[int], device: str, refits: bool):
+    def __init__(self, widths: list[int], device: str, statistics: ExpertStatistics | None):
         self.neurons = [torch.zeros(width, device=device) for width in widths]
         self.tokens = torch.zeros(len(widths), device=device)
-        self.grams = [torch.zeros(width, width, device=device) for width in widths] if refits else None
+        self.statistics = statistics
 
     def _add(self, expert: int, activations: torch.Tensor, weights: torch.Tensor):
         self.tokens[expert] += len(weights)
-        if self.grams is not None:
-            rows = activations.detach() * weights.detach()[:, None]
-            self.grams[expert].addmm_(rows.T, rows)
+        if self.statistics is not None:
+            self.statistics(expert, activations.detach(), weights.detach())
 
     def contribution(self, expert: int, activations: torch.Tensor, weights: torch.Tensor):
         """Take in the sum over tokens of combine weight times magnitude."""
@@ -72,6 +71,7 @@ class Survey:
         device (`str`, *optional*, defaults to `"cpu"`): Where to compute.
         refits (`bool`, *optional*, defaults to `True`):
             Whether what is left will be refitted, so that neurons count less which others can stand in for.
+        keeps (`bool`, *optional*, defaults to `False`): Whether to keep what a refit needs for `statistics`, on disk.
         progress (`bool`, *optional*, defaults to `False`): Whether to show progress bars.
     """
 
@@ -83,10 +83,12 @@ class Survey:
         folder: Path,
         device: str = "cpu",
         refits: bool = True,
+        keeps: bool = False,
         progress: bool = False,
     ):
         self.source, self.tensors, self.batches = source, tensors, batches
-        self.folder, self.device, self.refits, self.progress = folder, device, refits, progress
+        self.folder, self.device, self.progress = folder, device, progress
+        self.refits, self.keeps = refits, keeps
         self.states, self.gradients = Stream(folder, "survey"), Stream(folder, "gradient")
 
     def measure(self, criterion: str) -> list[LayerSaliency]:
@@ -113,6 +115,21 @@ class Survey:
         if criterion == "magnitude":
             return [self._magnitude(number) for number in self._bar(numbers, "weights of neurons")]
         return [self._load(number) for number in numbers]
+
+    def statistics(self, number: int) -> ExpertStatistics:
+        """What a refit of a layer's experts needs, if it was kept."""
+        made = ExpertStatistics(self.source.expert_widths(number), self.device)
+        kept = load_file(self._kept(number))
+        for expert, gram in enumerate(made.grams):
+            gram.parts = [kept[f"{expert}.{part}"] for part in range(len(gram.parts))]
+        return made
+
+    def drop(self, number: int):
+        """Remove what was kept of a layer."""
+        self._kept(number).unlink(missing_ok=True)
+
+    def _kept(self, number: int) -> Path:
+        return self.folder / f"statistics-{number}.safetensors"
 
     def _bar(self, numbers: range, text: str) -> Iterator[int]:
         return tqdm(numbers, text, disable=not self.progress)
@@ -155,14 +172,24 @@ class Survey:
         """A layer with its weights; what `take` adds up of its experts is kept at the end."""
         with self.source.layer(number, self.tensors.layer(number), self.device) as found:
             widths = self.source.expert_widths(number)
-            sums = _Sums(widths, self.device, self.refits)
+            statistics = ExpertStatistics(widths, self.device) if self.refits or self.keeps else None
+            sums = _Sums(widths, self.device, statistics)
             with observe_experts(found, partial(take, sums)) if take is not None and widths else nullcontext():
                 yield
         if take is not None:
             if take is _Sums.contribution:
                 for neurons, expert in zip(sums.neurons, self._experts(number), strict=True):
                     neurons *= expert.down.to(neurons).norm(dim=0)
-            layer = LayerSaliency.of(sums.neurons, sums.tokens, sums.grams)
+            if self.keeps:
+                parts = {}
+                for expert, gram in enumerate(statistics.grams):
+                    parts |= {f"{expert}.{n}": part.cpu() for n, part in enumerate(gram.parts)}
+                save_file(parts, self._kept(number))
+                del parts
+            grams = ()
+            if self.refits:  # one after the other, and each is let go
+                grams = (statistics.grams.pop(0).sum() for _ in widths)
+            layer = LayerSaliency.of(sums.neurons, sums.tokens, grams)
             entries = {f"{name}.{e}": each for name in _LISTS for e, each in enumerate(getattr(layer, name))}
             entries = {name: each.cpu() for name, each in (entries | {"tokens": sums.tokens}).items()}
             draft = self._path(number).with_suffix(".tmp")

@@ -3,9 +3,10 @@
 Shapes: T tokens, H hidden size, D or W width of a feed-forward, E experts. A suffix names the shape of a tensor.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,9 @@ _TYPICAL = 0.3
 """A strength that does well, where none is chosen."""
 _CHECKED = 4
 """One in so many tokens is held out to choose it."""
+_OUTPUTS = 128
+"""Errors of a refit are summed over fewer than twice so many outputs, evenly spaced: all of them would take several times
+as long as the refit."""
 
 
 class LayerSaliency(NamedTuple):
@@ -52,10 +56,10 @@ class LayerSaliency(NamedTuple):
 
     @classmethod
     def of(
-        cls, neurons: list[torch.Tensor], tokens: torch.Tensor, grams: list[torch.Tensor] | None = None
+        cls, neurons: list[torch.Tensor], tokens: torch.Tensor, grams: Iterable[torch.Tensor] = ()
     ) -> "LayerSaliency":
         """From the saliency and, if what stays will be refitted, the Gram matrices [W_e, W_e] of the activations."""
-        pairs = list(map(eliminate, neurons, grams or [None] * len(neurons)))
+        pairs = [eliminate(*taken) for taken in zip_longest(neurons, grams)]
         return cls(neurons, [order for order, _ in pairs], [lost for _, lost in pairs], tokens)
 
 
@@ -168,6 +172,10 @@ class Gram:
         ):
             part.addmm_(rows.T, rows)
 
+    def sum(self) -> torch.Tensor:
+        """[W, W] of all tokens."""
+        return self.parts[0] + self.parts[1]
+
 
 class DenseStatistics:
     """
@@ -249,14 +257,15 @@ def eliminate(neurons_W: torch.Tensor, gram_WW: torch.Tensor | None = None) -> t
     damped_WW = _damped(gram_WW, _TYPICAL)
     scale_W = damped_WW.diagonal().rsqrt()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_WW * scale_W * scale_W[:, None]))
-    left, gone, costs = torch.arange(len(neurons_W), device=neurons_W.device), [], []
+    there, gone, costs = torch.ones_like(neurons_W, dtype=torch.bool), [], []
     block = -(-len(neurons_W) // 32)
-    while len(left):
+    for left in range(len(neurons_W), 0, -block):
         # One by one among the likeliest, and the matrix of all the others only once for a number of them.
-        likely = (neurons_W[left] / inverse.diagonal()).topk(min(2 * block, len(left)), largest=False).indices
-        small, saliency = inverse[likely[:, None], likely], neurons_W[left[likely]]
+        saliency_W = (neurons_W / inverse.diagonal()).masked_fill(~there, torch.inf)
+        likely = saliency_W.topk(min(2 * block, left), largest=False).indices
+        small, saliency = inverse[likely[:, None], likely], neurons_W[likely]
         taken = []
-        for _ in range(min(block, len(left))):
+        for _ in range(min(block, left)):
             cost = saliency / small.diagonal()
             cost[taken] = torch.inf
             next_one = int(cost.argmin())
@@ -264,12 +273,10 @@ def eliminate(neurons_W: torch.Tensor, gram_WW: torch.Tensor | None = None) -> t
             costs.append(cost[next_one])
             small = small - torch.outer(small[:, next_one], small[next_one] / small[next_one, next_one])
         out = likely[taken]
-        gone.append(left[out])
-        stays = torch.ones_like(left, dtype=torch.bool)
-        stays[out] = False
-        across = inverse[out][:, stays]
-        inverse = inverse[stays][:, stays] - across.T @ torch.linalg.solve(inverse[out[:, None], out], across)
-        left = left[stays]
+        gone.append(out)
+        there[out] = False
+        across = inverse[out]
+        inverse.addmm_(across.T, torch.linalg.solve(across[:, out], across), alpha=-1)
     return torch.cat(gone).flip(0), F.pad(torch.stack(costs).double().cumsum(0), (1, 0)).flip(0)
 
 
@@ -285,8 +292,8 @@ def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram: Gram) -> tuple[torch.
         gram ([`Gram`]): Of the full expert's activations.
 
     Returns:
-        The new columns, [H, kept], and three sums of squares over tokens: of the full output, and of its error
-        without refit and with it.
+        The new columns, [H, kept], and three sums of squares over tokens and some outputs: of the full output, and of
+        its error without refit and with it.
     """
     down_HW, count = down_HW.float(), len(kept)
     dropped = torch.ones(down_HW.shape[1], dtype=torch.bool)
@@ -294,22 +301,23 @@ def refit(down_HW: torch.Tensor, kept: torch.Tensor, gram: Gram) -> tuple[torch.
     order = torch.cat([kept, dropped.nonzero().flatten()])
     fitted_WW, checked_WW = (part.cpu()[order[:, None], order] for part in gram.parts)
     gram_WW, lost_HW = fitted_WW + checked_WW, down_HW[:, dropped]
+    some = slice(None, None, max(1, len(down_HW) // _OUTPUTS))
     # New columns = old columns + correction, and the correction alone solves a ridge regression towards zero.
 
-    def correction(gram_WW: torch.Tensor, strength: float) -> torch.Tensor:
+    def correction(gram_WW: torch.Tensor, lost_HW: torch.Tensor, strength: float) -> torch.Tensor:
         return ridge(gram_WW[:count, :count], gram_WW[:count, count:] @ lost_HW.T, strength).T
 
     def error(gram_WW: torch.Tensor, correction_HW: torch.Tensor) -> torch.Tensor:
-        return square(torch.cat([-correction_HW, lost_HW], dim=1), gram_WW)
+        return square(torch.cat([-correction_HW, lost_HW[some]], dim=1), gram_WW)
 
-    whole, nothing = square(down_HW[:, order], gram_WW), torch.zeros(len(down_HW), count)
+    whole, nothing = square(down_HW[some][:, order], gram_WW), torch.zeros(len(down_HW[some]), count)
     without = error(gram_WW, nothing)
     if not count or not lost_HW.any():
         return down_HW[:, kept], torch.stack([whole, without, without])
-    errors = {strength: error(checked_WW, correction(fitted_WW, strength)) for strength in RIDGES}
+    errors = {strength: error(checked_WW, correction(fitted_WW, lost_HW[some], strength)) for strength in RIDGES}
     strength = min(errors, key=errors.get)
-    best_HW = correction(gram_WW, strength)
-    refitted = error(gram_WW, best_HW)
+    best_HW = correction(gram_WW, lost_HW, strength)
+    refitted = error(gram_WW, best_HW[some])
     if errors[strength] >= error(checked_WW, nothing) or refitted > without:
         return down_HW[:, kept], torch.stack([whole, without, without])
     return down_HW[:, kept] + best_HW, torch.stack([whole, without, refitted])

@@ -124,6 +124,11 @@ class Mode(ABC):
         """Whether what the survey says is lost takes a refit into account."""
         return False
 
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether statistics are those of the survey, kept on disk, instead of `observe`'s."""
+        return False
+
     def settle(self, layers: list[LayerSaliency], tokens: int) -> None:
         """Decide what depends on the survey of so many calibration tokens, such as `target`."""
         return None

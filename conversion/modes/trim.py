@@ -82,6 +82,14 @@ class Trim(Mode):
         return self.recipe.keep is not None
 
     @property
+    def keeps_statistics(self) -> bool:
+        if self.recipe.saliency == "magnitude":
+            return False
+        # Two matrices in float32 for each expert, if its three in half precision take no less.
+        widest = max(width for number in range(self.source.num_layers) for width in self.source.expert_widths(number))
+        return 8 * widest <= 6 * self.source.config.hidden_size
+
+    @property
     def needs_calibration(self) -> bool:
         return self.recipe.saliency != "magnitude" or self.recipe.budget == "work"
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from conversion_cases import (
     EXPERT_WIDTH,
     EXPERTS,
+    LAYERS,
     add_tokenizer,
     assert_refused,
     assert_same_tensors,
@@ -30,7 +32,8 @@ from transformers import AutoConfig
 from mohge.backbones_mohge import feed_forwards
 from mohge.conversion.allocation import Choices, allocate, choices, even
 from mohge.conversion.checkpoint import Checkpoint, NamedTensors, read_config
-from mohge.conversion.decoders import make_decoder
+from mohge.conversion.decoders import Source, make_decoder
+from mohge.conversion.modes.trim import Trim
 from mohge.conversion.plan import make_plan
 from mohge.conversion.recipe import load_recipe
 from mohge.conversion.saliency import Survey
@@ -385,3 +388,29 @@ def test_the_recipe_is_written_out(tmp_path):
     assert convert(*arguments) == 0
     assert_same_tensors(tensors(tmp_path / "again"), tensors(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["per_layer_config"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--keep", "0.5", "--multiple", "4"], ["--widths", "16,32", "--saliency", "contribution"]]
+)
+def test_statistics_of_the_survey_are_those_of_another_pass(options, tmp_path, monkeypatch):
+    source = make_source("olmoe", tmp_path / "olmoe")
+    read, run, passes = Source.read_layer, Source.run, Counter()
+
+    def counted(self, number, ids, before):
+        passes[Trim.keeps_statistics] += 1
+        return run(self, number, ids, before)
+
+    def let_go(self, number, state):
+        weights = read(self, number, state)
+        assert all(parameter.is_meta for parameter in self.feed_forwards[number].layer.parameters())
+        return weights
+
+    monkeypatch.setattr(Source, "run", counted)
+    monkeypatch.setattr(Source, "read_layer", let_go)
+    for kept in (True, False):
+        monkeypatch.setattr(Trim, "keeps_statistics", kept)
+        trim = ["--mode", "trim", *calibration(tmp_path / "ids.jsonl"), *options]
+        assert convert(source, tmp_path / str(kept), *trim) == 0
+    assert_same_tensors(tensors(tmp_path / "True"), tensors(tmp_path / "False"))
+    assert passes[False] - passes[True] == LAYERS  # all calibration tokens are one batch
