@@ -34,8 +34,8 @@ _TYPICAL = 0.3
 _CHECKED = 4
 """One in so many tokens is held out to choose it."""
 _OUTPUTS = 128
-"""Errors of a refit are summed over fewer than twice so many outputs, evenly spaced: all of them would take several times
-as long as the refit."""
+"""Errors of a refit are summed over fewer than twice so many outputs, evenly spaced: all of them would take several
+times as long as the refit."""
 
 
 class LayerSaliency(NamedTuple):
