@@ -1,14 +1,25 @@
-"""The examples run as they stand, with few steps, one on what another has made; and so do the notebook's cells."""
+"""The examples run as they stand, with few steps and tokens, one on what another has made, and their commands in this
+process; and so do the notebook's cells."""
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mohge.commands.main import main
+from mohge.conversion.recipe import Recipe
+from mohge.training.data import corpus, packing
+
 
 ROOT = Path(__file__).parents[1]
+
+
+def run_here(command: list[str], check: bool):
+    assert (command[:3], check) == ([sys.executable, "-m", "mohge"], True)
+    assert main(command[3:]) == 0
 
 
 def example(monkeypatch, path: str, *arguments: str):
@@ -18,7 +29,17 @@ def example(monkeypatch, path: str, *arguments: str):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    texts, calibrate_with = corpus.standard_library_texts(500_000), Recipe.calibrate_with
+
+    def calibrate_with_few(recipe, data_set):
+        calibrate_with(recipe, data_set)
+        recipe.calibration_tokens = 4096
+
     with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (corpus, packing):
+            monkeypatch.setattr(module, "standard_library_texts", lambda: texts)
+        monkeypatch.setattr(Recipe, "calibrate_with", calibrate_with_few)
+        monkeypatch.setattr(subprocess, "run", run_here)
         monkeypatch.chdir(tmp_path_factory.mktemp("examples"))
         example(monkeypatch, "training/examples/pretrain.py", "first-model", "2")
         yield Path.cwd()

@@ -13,7 +13,6 @@ from mohge_kernels import swiglu_experts
 
 # Bounds of |error|_2 / |reference|_2 and of max |error| / max |reference|, tensor by tensor.
 TOLERANCES = {torch.float32: (5e-6, 2e-5), torch.float16: (2e-3, 5e-3), torch.bfloat16: (1.5e-2, 3e-2)}
-HALF_PRECISION = [torch.bfloat16, torch.float16]
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 IMPLEMENTATIONS = ["cpu", "interpreter", pytest.param("cuda", marks=ON_GPU)]
@@ -72,6 +71,10 @@ class Case:
         """`key_of_expert` and `keys_per_group`."""
         keys_per_group = max(self.counts) + self.spare_keys
         return [group * keys_per_group + i for group, i in self.places()], keys_per_group
+
+
+def dtype_name(value) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
 # The default layer with fewer tiles, for what depends on ids and weights and not on sizes.

@@ -116,21 +116,6 @@ verify.elsewhere, verify._reload = verify._reload, reload
         self.process.wait()
 
 
-def run_without_package(hub: HubServer, home: Path, code: str) -> str:
-    """What `code` prints in a process of its own where mohge is missing and the Hub is `hub`."""
-    result = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_PACKAGE + code],
-        env=hub_environment(hub, home),
-        cwd=home,
-        stdin=subprocess.DEVNULL,  # nobody to ask whether the code may be trusted
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
-
-
 def save_model(folder: Path, tokenizer: bool = True, max_shard_size: str = "50GB", dtype=None, **kwargs) -> Path:
     model = make_model(vocab_size=VOCABULARY, **kwargs)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)

@@ -204,8 +204,8 @@ LAYOUTS_OF_4 = {
 
 def _four_ranks() -> dict[str, Scenario]:
     scenarios = {f"{name}, two_level": Scenario(layout) for name, layout in LAYOUTS_OF_4.items()}
-    for name in ("ep = fsdp", "fsdp x tp = ep"):  # other backbones: Qwen3's attention, and a mixture's own router
-        scenarios |= {f"{name}, {model}": Scenario(LAYOUTS_OF_4[name], model) for model in ("mixed_windows", "olmoe")}
+    for model in ("mixed_windows", "olmoe"):  # other backbones: Qwen3's attention, and a mixture's own router
+        scenarios[f"fsdp x tp = ep, {model}"] = Scenario(LAYOUTS_OF_4["fsdp x tp = ep"], model)
     for name in ("ep = fsdp", "ep < fsdp", "ep = tp", "fsdp x tp = ep"):
         scenarios[f"{name}, one set only"] = Scenario(LAYOUTS_OF_4[name], "last_set_only", "even")
     ep_tp, copies, mixed = (LAYOUTS_OF_4[name] for name in ("ep = tp", "ep < fsdp", "fsdp x tp > ep"))

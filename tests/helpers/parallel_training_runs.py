@@ -26,7 +26,7 @@ from mohge import MoHGEConfig, MoHGEForCausalLM, parallel_mohge
 from mohge.training import MoHGETrainer
 
 
-STEPS, ROWS, LENGTH = 6, 8, 64
+STEPS, ROWS, LENGTH = 4, 8, 64
 """Steps of a run, sequences of a step over all ranks, and tokens of a sequence."""
 
 CONFIGS = {

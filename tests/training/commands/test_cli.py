@@ -2,9 +2,6 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -181,7 +178,7 @@ BLOCKS = {"train": STEPS * demo.BATCH, "validation": demo.BATCH + 4}
 def _text_is_read_once():
     """Reading the standard library takes longer than the rest of a demo, and so does evaluating all that is held out:
     the demos share the text, and get the beginning of each part."""
-    tokenizers, parts = [], {}
+    texts, tokenizers, parts = corpus.standard_library_texts(), [], {}
 
     def train_once(*args):
         if not tokenizers:
@@ -195,6 +192,8 @@ def _text_is_read_once():
         return parts[split]
 
     with pytest.MonkeyPatch.context() as patch:
+        for module in (demo, packing):
+            patch.setattr(module, "standard_library_texts", lambda: texts)
         patch.setattr(demo, "train_tokenizer", train_once)
         patch.setattr(demo, "packed_blocks", pack_once)
         yield
@@ -264,20 +263,16 @@ def test_demo_refuses_an_existing_folder(tmp_path, monkeypatch, capsys):
     assert list(kept.parent.iterdir()) == [kept]
 
 
-def test_interrupted_demo_leaves_nothing(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mohge.commands.main", "demo", "--output", "out"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
-    )
-    assert process.stdout.readline().startswith("text:")  # it has begun
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=600)
-    assert process.returncode == 1
-    assert "interrupted" in printed.splitlines()[-1]
+@pytest.mark.usefixtures("_text_is_read_once")
+def test_interrupted_demo_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        assert list(tmp_path.iterdir())  # it has begun
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "train_tokenizer", interrupt)
+    assert main(["demo", "--output", "out"]) == 1
+    assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 

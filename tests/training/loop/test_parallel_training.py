@@ -103,7 +103,7 @@ def logits(model_folder: Path) -> torch.Tensor:
         return model(ids).logits
 
 
-@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-6", "."])
+@pytest.mark.parametrize("name", ["checkpoint-2", "checkpoint-4", "."])
 @pytest.mark.parametrize(("config", "layout"), SHARDED)
 def test_saved_model_is_that_of_one_process(config, layout, name, runs):
     one_process = runs(config, "one process")
@@ -122,13 +122,13 @@ def test_final_model_is_the_last_checkpoint_bit_by_bit(config, layout, runs):
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != RUN[1]])
 def test_resumed_run_goes_on_as_if_uninterrupted_on_another_layout(layout, runs):
-    resumed = runs("grouped_top_k", layout, resume_from_checkpoint=runs(*RUN) / "checkpoint-3")
+    resumed = runs("grouped_top_k", layout, resume_from_checkpoint=runs(*RUN) / "checkpoint-2")
     assert_same_curve(curve(resumed), curve(runs(*RUN)), 1e-4)
 
 
 def test_true_resumes_from_the_last_checkpoint(runs):
     run, output = runs(*RUN), runs.folder / "from_last"
-    last = shutil.copytree(run / "checkpoint-3", output / "checkpoint-3")
+    last = shutil.copytree(run / "checkpoint-2", output / "checkpoint-2")
     (last / "mark.txt").touch()  # a run from the start would replace it
     values = runs.arguments(output, *RUN, resume_from_checkpoint=True)
     Ranks(2, output / "logs", pretrain, *values).succeed()
@@ -140,26 +140,26 @@ def test_resumed_run_needs_the_optimizer_state(runs):
     # The scheduler's state is not at stake here; steps are long enough to tell what they are made of.
     constant = {"lr_scheduler_type": "constant", "learning_rate": 3e-2}
     whole = runs(*RUN, **constant)
-    start = shutil.copytree(whole / "checkpoint-3", runs.folder / "other_optimizer" / "checkpoint-3")
+    start = shutil.copytree(whole / "checkpoint-2", runs.folder / "other_optimizer" / "checkpoint-2")
     shutil.rmtree(start / "optimizer")
-    shutil.copytree(whole / "checkpoint-6" / "optimizer", start / "optimizer")
+    shutil.copytree(whole / "checkpoint-4" / "optimizer", start / "optimizer")
     without = runs(*RUN, resume_from_checkpoint=start, **constant)
     expected, actual = ([entry["lm_loss"] for entry in curve(run)] for run in (whole, without))
-    assert actual[3] == pytest.approx(expected[3], rel=1e-6)  # before the first update
-    for loss, other in zip(actual[4:], expected[4:], strict=True):
+    assert actual[2] == pytest.approx(expected[2], rel=1e-6)  # before the first update
+    for loss, other in zip(actual[3:], expected[3:], strict=True):
         assert abs(loss - other) > 100 * 1e-4 * other
 
 
 def test_checkpoint_of_an_earlier_run_is_replaced(runs):
     run, output = runs(*RUN), runs.folder / "replaced"
-    old = shutil.copytree(run / "checkpoint-6", output / "checkpoint-6")
+    old = shutil.copytree(run / "checkpoint-4", output / "checkpoint-4")
     (old / "model.safetensors").write_bytes(b"old")
     (old / "old.txt").touch()
-    values = runs.arguments(output, *RUN, resume_from_checkpoint=run / "checkpoint-3")
+    values = runs.arguments(output, *RUN, resume_from_checkpoint=run / "checkpoint-2")
     Ranks(2, output / "logs", pretrain, *values).succeed()
     assert_same_curve(curve(output), curve(run), 1e-6)
-    assert digests(old).keys() == digests(run / "checkpoint-6").keys()
-    torch.testing.assert_close(logits(old), logits(run / "checkpoint-6"))
+    assert digests(old).keys() == digests(run / "checkpoint-4").keys()
+    torch.testing.assert_close(logits(old), logits(run / "checkpoint-4"))
     assert list(output.glob(".*")) == []
 
 
@@ -171,7 +171,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_rank_that_dies_in_a_save_leaves_the_previous_checkpoint(runs):
     """Each run begins with what those before it have left behind."""
     run, output = runs(*RUN), runs.folder / "killed"
-    previous = shutil.copytree(run / "checkpoint-3", output / "checkpoint-3")
+    previous = shutil.copytree(run / "checkpoint-2", output / "checkpoint-2")
     before = digests(previous)
     values = runs.arguments(output, *RUN, resume_from_checkpoint=previous, save_total_limit=1)
     for victims in ([0], [1], [0, 1]):
@@ -183,7 +183,7 @@ def test_rank_that_dies_in_a_save_leaves_the_previous_checkpoint(runs):
 
     Ranks(2, output / "logs_of_resumed", pretrain, *values).succeed()
     assert_same_curve(curve(output), curve(run), 1e-6)
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (output / ".incomplete").exists()
 
 
@@ -204,7 +204,7 @@ MISUSE = {
     "model": ({}, {"model": "no/such/file.json"}, r"no/such/file.json does not exist: give a config.json"),
     "vocabulary": ({"vocab_size": 100}, {}, r"`vocab_size` is 100, and the tokenizer has \d+ tokens: raise it"),
     "best model": ({}, {"load_best_model_at_end": True}, r"load_best_model_at_end requires .* eval"),
-    "checkpoint": ({}, {"resume_from_checkpoint": "no/checkpoint-3"}, r"no/checkpoint-3"),
+    "checkpoint": ({}, {"resume_from_checkpoint": "no/checkpoint-2"}, r"no/checkpoint-2"),
 }
 
 
@@ -223,12 +223,12 @@ def test_ranks_without_experts_are_refused(runs):
 def test_checkpoint_of_another_config_is_refused(runs):
     runs.save_config("wider", "grouped_top_k", moe_intermediate_sizes=[8, 24, 48])
     expected = r"`moe_intermediate_sizes` is \[8, 24, 40\] there and \[8, 24, 48\] in this model: load the model with"
-    check_refusal(expected, runs, "wider", "fsdp 2, ep 2", resume_from_checkpoint=runs(*RUN) / "checkpoint-3")
+    check_refusal(expected, runs, "wider", "fsdp 2, ep 2", resume_from_checkpoint=runs(*RUN) / "checkpoint-2")
 
 
 def test_optimizer_of_one_process_is_refused_by_sharded_run(runs):
-    checkpoint = runs("grouped_top_k", "one process") / "checkpoint-3"
-    expected = r"checkpoint-3 holds the optimizer of a run that was not spread over ranks: resume it that way"
+    checkpoint = runs("grouped_top_k", "one process") / "checkpoint-2"
+    expected = r"checkpoint-2 holds the optimizer of a run that was not spread over ranks: resume it that way"
     check_refusal(expected, runs, *RUN, resume_from_checkpoint=checkpoint)
 
 
