@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,37 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 assert [*CONFIG_MAPPING].count("mohge") == 1
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "MoHGEForCausalLM True\n"
+
+
+def test_auto_classes_know_the_model_although_their_table_is_another(tmp_path):
+    """What a later transformers may change: the package then registers as any other does, when it is imported."""
+    place = Path(find_spec("transformers").origin).parent
+    for folder in (place, place / "models", place / "models" / "auto"):  # all as it is, but for one file
+        copy = tmp_path / folder.relative_to(place.parent)
+        copy.mkdir()
+        for entry in folder.iterdir():
+            if entry not in (place / "models", place / "models" / "auto"):
+                (copy / entry.name).symlink_to(entry)
+    file = tmp_path / "transformers" / "models" / "auto" / "configuration_auto.py"
+    text = file.read_text(encoding="utf-8")
+    file.unlink()
+    file.write_text(text.replace("self._mapping", "self._table").replace("self._modules", "self._loaded"))
+    code = f"""
+import mohge
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+assert not hasattr(CONFIG_MAPPING, "_mapping")
+config = AutoConfig.from_pretrained({str(ROOT / "model_cards" / "tiny")!r})
+import torch
+
+with torch.device("meta"):
+    print(type(AutoModelForCausalLM.from_config(config)).__name__, isinstance(config, mohge.MoHGEConfig))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "MoHGEForCausalLM True\n"
 
