@@ -14,6 +14,7 @@ import yaml
 DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".yaml")
 STANDARD_LIBRARY = "standard-library"
 """Name, among the sources of text, of the one that is always there: Python's own."""
+A_TOKENIZER = "the folder of a tokenizer, or a Hub id such as org/name"
 _FOLDER = Path(__file__).parent
 
 
@@ -55,18 +56,23 @@ def may_be_on_hub(name: str) -> bool:
     return is_hub_id(name) and (_is_in_cache(name) or not (Path(name).parent.is_dir() or did_you_mean_path(name)))
 
 
-def check_there(name: str):
+def check_there(name: str, wanted: str | None = None):
     """
-    Look, before anything that takes long, whether there can be a model under the name that a command is given.
+    Look, before anything that takes long, whether there can be something under the name that a command is given.
+
+    Args:
+        name (`str`): The name.
+        wanted (`str`, *optional*): What to give; by default a model, which a recipe is too.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is nothing.
     """
-    if not Path(name).exists() and name not in shipped_recipes() and not may_be_on_hub(name):
-        recipes = ", ".join(shipped_recipes())
-        raise FileNotFoundError(
-            not_found(name, f"a config.json, the folder of a saved model, a Hub id or one of the recipes {recipes}")
+    recipes = [] if wanted else shipped_recipes()
+    if not Path(name).exists() and name not in recipes and not may_be_on_hub(name):
+        wanted = wanted or (
+            f"a config.json, the folder of a saved model, a Hub id or one of the recipes {', '.join(recipes)}"
         )
+        raise FileNotFoundError(not_found(name, wanted))
 
 
 def not_found(name: str, wanted: str) -> str:

@@ -46,6 +46,28 @@ QUICK = {
     "path": (["info", "runs/tniy"], 2, "did you mean runs/tiny?"),
     "folder": (["eval", "rnus/tiny", "--datasets", "a"], 2, "did you mean runs/tiny?"),
     "not in the folder": (["report", "runs/other"], 2, "runs/other does not exist"),
+    "model to train": (["train", "--model", "runs/tniy"], 2, "did you mean runs/tiny?"),
+    "recipe to train": (["train", "tniy"], 2, "did you mean tiny?"),
+    "model in a recipe": (["train", "bad.yaml"], 2, "did you mean runs/tiny?"),
+    "text to train on": (
+        ["train", "tiny", "--datasets", "standard-library", "tx.jsonl"],
+        2,
+        "`datasets`: tx.jsonl",
+    ),
+    "held-out text": (
+        ["finetune", "--model", "tiny", "--eval-datasets={path: tx}"],
+        2,
+        "`eval_datasets`: tx does",
+    ),
+    "tokenizer": (["train", "tiny", "--tokenizer", "runs/other"], 2, "give the folder of a tokenizer"),
+    "teacher": (["finetune", "--model", "runs/tiny", "--distill", "runs/tniy"], 2, "did you mean runs/tiny?"),
+    "text to evaluate on": (["eval", "runs/tiny", "--datasets", "tx.jsonl"], 2, "`--datasets`: tx.jsonl does not"),
+    "text of a report": (["report", "runs/tiny", "--text", "tx.jsonl"], 2, "`--text`: tx.jsonl does not exist"),
+    "text of a conversion": (
+        ["convert", "runs/tiny", "out", "--calibration", "tx.txt"],
+        2,
+        "tx.txt does not exist",
+    ),
     "recipe": (["place", "tinny", "--devices", "2"], 2, "did you mean tiny?"),
     **{f"{name} --help": ([name, "--help"], 0, f"usage: mohge {name}") for name in NAMES},
 }
@@ -56,6 +78,7 @@ def quick(tmp_path_factory) -> dict[str, list]:
     """What each command gives, all in one process without network, where `runs/tiny` is a folder."""
     place = tmp_path_factory.mktemp("place")
     (place / "runs" / "tiny").mkdir(parents=True)
+    (place / "bad.yaml").write_text("model: runs/tniy\n")
     commands = json.dumps([command for command, _, _ in QUICK.values()])
     done = subprocess.run([sys.executable, "-c", TRY, commands], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
