@@ -100,7 +100,8 @@ def _run(arguments: list[str], command: str) -> int:
     if trains:
         options.arguments = arguments[1:]
         check_flags(options.arguments, options.parser._option_string_actions)
-        check_named(options.arguments)
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # other ranks, for whom it may be there, would wait
+            check_named(options.arguments)
     named = [getattr(options, name, None) for name in ("source", "model", "folder")]
     for name in filter(None, [*named, *getattr(options, "sources", ())]):
         check_there(name)
