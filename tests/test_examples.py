@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mohge.commands.main import main
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +41,12 @@ def test_upcycle(place, monkeypatch, capfd):
     example(monkeypatch, "conversion/examples/upcycle.py", "tiny-llama", "upcycled", "2")
     assert "exact: True" in capfd.readouterr().out
     assert (place / "upcycled-trained" / "config.json").exists()
+
+
+def test_mixture(place, monkeypatch, capfd):
+    example(monkeypatch, "conversion/examples/mixture.py", "olmoe", "2")
+    assert main(["convert", "olmoe", "groups", "--mode", "regroup", "--experts-per-group", "3"]) == 0
+    assert "parameters              975,456 -> 975,456\n" in capfd.readouterr().out  # as README.md shows
 
 
 def test_notebook(place, monkeypatch, capsys):
