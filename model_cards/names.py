@@ -3,7 +3,6 @@ help and mistakes are answered at once."""
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def did_you_mean_path(name: str) -> str:
     """[`did_you_mean`] of the name of something that is not there: what is, under a name like it, here or shipped."""
     path = Path()
-    with suppress(OSError, ValueError):
+    try:
         for part in Path(name).parts:
-            if not (path / part).exists():
-                near = get_close_matches(part, os.listdir(path), 1, cutoff=0.7)
-                if not near:
-                    return did_you_mean(name, shipped_recipes())
-                part = near[0]
-            path /= part
+            near = [part] if (path / part).exists() else get_close_matches(part, os.listdir(path), 1, cutoff=0.7)
+            path /= near[0]
+    except (OSError, ValueError, IndexError):  # there is no such folder, or nothing like it in it
+        return did_you_mean(name, shipped_recipes())
     return f"; did you mean {path}?" if path.parts else ""
 
 

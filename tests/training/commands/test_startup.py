@@ -48,6 +48,7 @@ QUICK = {
     "not in the folder": (["report", "runs/other"], 2, "runs/other does not exist"),
     "model to train": (["train", "--model", "runs/tniy"], 2, "did you mean runs/tiny?"),
     "recipe to train": (["train", "tniy"], 2, "did you mean tiny?"),
+    "folder that is a file": (["train", "--model", "bda.yaml/a/tiny"], 2, "bda.yaml/a/tiny does not exist"),
     "model in a recipe": (["train", "bad.yaml"], 2, "did you mean runs/tiny?"),
     "text to train on": (
         ["train", "tiny", "--datasets", "standard-library", "tx.jsonl"],
@@ -91,6 +92,7 @@ def test_answered_without_importing_what_runs(name, quick):
     _, expected, text = QUICK[name]
     assert (status, heavy) == (expected, []), printed
     assert text in printed
+    assert "did you mean bad.yaml?" not in printed
     if expected:
         assert "Traceback" not in printed
         assert len([line for line in printed.splitlines() if line.startswith("mohge")]) == 1
