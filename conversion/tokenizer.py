@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from mohge.model_cards.folder import TOKENIZER_FILES, check_folder, matching_files
-from mohge.model_cards.names import may_be_on_hub, not_found
+from mohge.model_cards.names import A_TOKENIZER, may_be_on_hub, not_found
 
 
 _TEXTS = ("", " ", "Hello world", "  two spaces", "one at the end ", "a  b   c", "\ttab\n\n\nlines \r\n  indented")
@@ -39,7 +39,7 @@ def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase | None:
     if Path(place).is_dir() and not matching_files(Path(place), TOKENIZER_FILES):
         return None
     if not Path(place).exists() and not may_be_on_hub(str(place)):
-        raise ValueError(not_found(str(place), "the folder of a tokenizer, or a Hub id such as org/name"))
+        raise ValueError(not_found(str(place), A_TOKENIZER))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         tokenizer("a")  # some fields of its config are not looked at before

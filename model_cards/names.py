@@ -3,7 +3,6 @@ help and mistakes are answered at once."""
 
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import yaml
 DATA_FILES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".yaml")
 STANDARD_LIBRARY = "standard-library"
 """Name, among the sources of text, of the one that is always there: Python's own."""
+A_TOKENIZER = "the folder of a tokenizer, or a Hub id such as org/name"
 _FOLDER = Path(__file__).parent
 
 
@@ -36,14 +36,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def did_you_mean_path(name: str) -> str:
     """[`did_you_mean`] of the name of something that is not there: what is, under a name like it, here or shipped."""
     path = Path()
-    with suppress(OSError, ValueError):
+    try:
         for part in Path(name).parts:
-            if not (path / part).exists():
-                near = get_close_matches(part, os.listdir(path), 1, cutoff=0.7)
-                if not near:
-                    return did_you_mean(name, shipped_recipes())
-                part = near[0]
-            path /= part
+            near = [part] if (path / part).exists() else get_close_matches(part, os.listdir(path), 1, cutoff=0.7)
+            path /= near[0]
+    except (OSError, ValueError, IndexError):  # there is no such folder, or nothing like it in it
+        return did_you_mean(name, shipped_recipes())
     return f"; did you mean {path}?" if path.parts else ""
 
 
@@ -55,18 +53,23 @@ def may_be_on_hub(name: str) -> bool:
     return is_hub_id(name) and (_is_in_cache(name) or not (Path(name).parent.is_dir() or did_you_mean_path(name)))
 
 
-def check_there(name: str):
+def check_there(name: str, wanted: str | None = None):
     """
-    Look, before anything that takes long, whether there can be a model under the name that a command is given.
+    Look, before anything that takes long, whether there can be something under the name that a command is given.
+
+    Args:
+        name (`str`): The name.
+        wanted (`str`, *optional*): What to give; by default a model, which a recipe is too.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is nothing.
     """
-    if not Path(name).exists() and name not in shipped_recipes() and not may_be_on_hub(name):
-        recipes = ", ".join(shipped_recipes())
-        raise FileNotFoundError(
-            not_found(name, f"a config.json, the folder of a saved model, a Hub id or one of the recipes {recipes}")
+    recipes = [] if wanted else shipped_recipes()
+    if not Path(name).exists() and name not in recipes and not may_be_on_hub(name):
+        wanted = wanted or (
+            f"a config.json, the folder of a saved model, a Hub id or one of the recipes {', '.join(recipes)}"
         )
+        raise FileNotFoundError(not_found(name, wanted))
 
 
 def not_found(name: str, wanted: str) -> str:

@@ -2,11 +2,13 @@
 
 Importing this package registers `model_type="mohge"` with the Auto classes of transformers. What it offers is imported
 when it is asked for, by name or, of the Auto classes, by the first `"mohge"` that they meet: torch and transformers
-take seconds to import.
+take seconds to import. That leans on attributes of transformers' table that are not public: where they are gone, all
+is imported here.
 """
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import quiet  # noqa: F401
@@ -46,6 +48,13 @@ __getattr__, __dir__ = lazy_names(__name__, dict.fromkeys(__all__, "registration
 _AUTO = "transformers.models.auto.configuration_auto"
 
 
+def _knows_table() -> bool:
+    """Whether the table of config classes is as [`_announce`] needs it, by its source: importing it takes long."""
+    source = Path(find_spec("transformers").origin).parent / "models" / "auto" / "configuration_auto.py"
+    names = ("self._mapping", "self._modules", "CONFIG_MAPPING_NAMES")
+    return source.is_file() and all(name in source.read_text(encoding="utf-8") for name in names)
+
+
 def _announce(auto):
     """Let the table of config classes ask this package for the one of `"mohge"`, as it asks modules of its own."""
     auto.CONFIG_MAPPING._mapping = {**auto.CONFIG_MAPPING_NAMES, "mohge": "MoHGEConfig"}
@@ -70,7 +79,9 @@ class _WhenImported:
         return spec
 
 
-if _AUTO in sys.modules:
+if not _knows_table():
+    from . import registration  # noqa: F401
+elif _AUTO in sys.modules:
     _announce(sys.modules[_AUTO])
 else:
     sys.meta_path.insert(0, _WhenImported())

@@ -19,7 +19,8 @@ from .modeling_mohge import (
 )
 
 
-configuration_auto.CONFIG_MAPPING._mapping = configuration_auto.CONFIG_MAPPING_NAMES  # without the entry of `mohge`
+if "mohge" in configuration_auto.CONFIG_MAPPING:  # as announced, which the class itself now replaces
+    configuration_auto.CONFIG_MAPPING._mapping = configuration_auto.CONFIG_MAPPING_NAMES
 transformers.AutoConfig.register("mohge", MoHGEConfig)
 # `save_pretrained` then copies the code beside the weights, for `trust_remote_code=True` where mohge is missing.
 MoHGEConfig.register_for_auto_class()

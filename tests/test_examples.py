@@ -62,6 +62,12 @@ def test_upcycle(place, monkeypatch, capfd):
     assert (place / "upcycled-trained" / "config.json").exists()
 
 
+def test_mixture(place, monkeypatch, capfd):
+    example(monkeypatch, "conversion/examples/mixture.py", "olmoe", "2")
+    assert main(["convert", "olmoe", "groups", "--mode", "regroup", "--experts-per-group", "3"]) == 0
+    assert "parameters              975,456 -> 975,456\n" in capfd.readouterr().out  # as README.md shows
+
+
 def test_notebook(place, monkeypatch, capsys):
     notebook = json.loads((ROOT / "training/examples/first_steps.ipynb").read_text(encoding="utf-8"))
     names = {}

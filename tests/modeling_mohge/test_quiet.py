@@ -33,6 +33,17 @@ def test_conversion_says_nothing_about_configs_of_its_own(tmp_path):
     assert "[transformers]" not in done.stderr
 
 
+def test_pinned_memory_is_no_news_without_an_accelerator(tmp_path):
+    code = """
+import mohge
+from torch.utils.data import DataLoader
+
+next(iter(DataLoader([1], pin_memory=True)))
+"""
+    done = run_python(["-W", "default", "-c", code], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 class Lines(logging.Handler):
     """The messages that come through the filters of a logger."""
 

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ from mohge.training.data.packing import TextSource, batches, collate_packed, pac
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.report import RoutingEvaluation, evaluate_routing, format_router_table
 from mohge.training.report.page import Report, render, write_page
-from mohge.training.report.sample import for_terminal, pieces
+from mohge.training.report.sample import Sample, for_terminal, passages
 from mohge.training.report.verdict import against_control
 
 from .evaluate import EVALUATION_NAME
@@ -44,7 +45,10 @@ WIDTHS = [64, 128, 192, 256]
 EXPERTS = 16
 HELD_OUT = 64
 """Sequences of the text that perplexity and routing are measured on."""
-PROMPT = "def read_file(path):\n"
+CONTINUATION = 120
+"""Tokens of a sample after its prompt."""
+_HEAD = re.compile(r'^def \w+\(.*\):\n    """.*"""(?=\n)', re.MULTILINE)
+"""A function up to its docstring of one line, which says what is to come."""
 
 # Each paper's losses. Coefficients of the two-level router are larger than the paper's 1e-5 and 5e-3, which are for
 # hundreds of thousands of steps.
@@ -155,10 +159,10 @@ def _run(router: str, folder: Path, steps: int, seed: int) -> bool:
         tokenizer=tokenizer,
         text=about,
         facts={"logits after reload": "identical" if identical else "different"},
-        sample=_sample(reloaded, tokenizer),
+        sample=_sample(reloaded, tokenizer, "".join(held_out_files)),
         control=Report("the control", uniform, control_trainer.state.log_history, evaluation=control_evaluation),
     )
-    print(f"\n{for_terminal(pieces(report.sample, tokenizer), sys.stdout.isatty())}\n")
+    print(f"\n{for_terminal(passages(report.sample, tokenizer), sys.stdout.isatty())}\n")
     print(format_router_table(evaluation.statistics))
     print(describe_counts(config, [evaluation.statistics.routing(about)]))
     print(f"\n{against_control(report)}\n")
@@ -241,7 +245,20 @@ def _train(
     return trainer, evaluate_routing(trainer.model, batches(held_out_set, BATCH))
 
 
-def _sample(model: MoHGEForCausalLM, tokenizer: PreTrainedTokenizerFast) -> RoutingEvaluation:
-    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, max_new_tokens=120, do_sample=True, temperature=0.7, top_k=40)
-    return evaluate_routing(model, [{"input_ids": tokens}])
+def _sample(model: MoHGEForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: str) -> Sample:
+    """The first function of a text whose head is a prompt, and what the model makes of that."""
+    head = _HEAD.search(held_out)
+    start, end = head.span() if head else (0, 200)
+    prompt = tokenizer(held_out[start:end], return_tensors="pt", return_token_type_ids=False)
+    real = tokenizer(held_out[start : end + 10 * CONTINUATION], return_tensors="pt")["input_ids"]
+    length = prompt["input_ids"].shape[1]
+    written = model.generate(
+        **prompt,
+        max_new_tokens=CONTINUATION,
+        do_sample=True,
+        temperature=0.8,
+        top_k=40,
+        repetition_penalty=1.1,
+    )
+    texts = (real[:, : length + CONTINUATION], written)
+    return Sample(length, *(evaluate_routing(model, [{"input_ids": tokens}]) for tokens in texts))

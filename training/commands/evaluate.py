@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # seconds to import, which `mohge --help` should not wait
     from transformers import PreTrainedTokenizerBase
 
     from mohge import MoHGEForCausalLM
-    from mohge.training.data.packing import TextSource
+    from mohge.training.data.sources import TextSource
     from mohge.training.loop.metrics import RouterStatistics
 
 
@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     from mohge.info import describe_counts
     from mohge.model_cards.records import name_tokens
     from mohge.model_cards.writing import write_file
-    from mohge.training.data.packing import absolute, check_sequence_length, parse_sources
+    from mohge.training.data.packing import check_sequence_length
+    from mohge.training.data.sources import absolute, parse_sources
     from mohge.training.report.measure import format_router_table
 
     from .models import config_with_weights, load_on_device

@@ -21,11 +21,11 @@ from mohge.commands.main import run_process
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.loading import load_model
 from mohge.model_cards.card import adapter_card
-from mohge.model_cards.names import may_be_on_hub, not_found
 from mohge.model_cards.shipped import load_config
 from mohge.model_cards.writing import write_file
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
-from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, parse_sources, read_rows
+from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, read_rows
+from mohge.training.data.sources import parse_sources
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.tuning.distillation import DistillationLoss, load_teacher
 from mohge.training.tuning.lora import known_patterns, lora_config
@@ -66,8 +66,6 @@ def run(options: argparse.Namespace) -> int:
         return _without_training(own, training)
     if (Path(own.model) / ADAPTER_CONFIG).exists():
         raise ValueError(f"{own.model} is an adapter: merge it first, with --model {own.model} --merge FOLDER")
-    if own.distill is not None and not Path(own.distill).exists() and not may_be_on_hub(own.distill):
-        raise ValueError(f"`distill`: {not_found(own.distill, 'a model folder or a Hub id')}")
     with sole_run(training):
         return _finetune(own, training, given)
 

@@ -10,7 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mohge.model_cards.names import STANDARD_LIBRARY, did_you_mean
+from mohge.model_cards.names import (
+    A_TOKENIZER,
+    STANDARD_LIBRARY,
+    check_there,
+    did_you_mean,
+    did_you_mean_path,
+    parse_yaml,
+    shipped_file,
+)
+from mohge.training.data.sources import parse_sources
 
 
 @dataclass
@@ -250,3 +259,65 @@ def check_flags(arguments: Iterable[str], known: Iterable[str]):
         plain = name.replace("-", "_").removeprefix("__").removeprefix("no_")
         if name.startswith("--") and " " not in argument and plain and f"--{plain}" not in known:
             raise ValueError(f"unrecognized arguments: {name}{did_you_mean(f'--{plain}', known)}")
+
+
+RECIPE_NAME = "recipe.yaml"
+"""File of a run's folder that holds its arguments, those that differ from their defaults."""
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """
+    The values in a YAML file, or in a shipped recipe.
+
+    Raises:
+        ValueError: if there is no such recipe, or it is none.
+    """
+    path = Path(recipe) if Path(recipe).exists() else shipped_file(recipe, RECIPE_NAME)
+    if path is None:
+        raise ValueError(
+            f"{recipe} is neither a file nor a shipped recipe: give a YAML file{did_you_mean_path(recipe)}"
+        )
+    try:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{recipe} cannot be read as a YAML recipe ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{recipe} is no recipe: write one `name: value` per line")
+    return values
+
+
+_MODELS = {
+    "model": None,
+    "tokenizer": A_TOKENIZER,
+    "distill": "a model folder, or a Hub id such as org/name",
+}
+"""Flags that name a model or a part of one -> what to give, as for [`check_there`]."""
+_TEXTS = ("datasets", "eval_datasets")
+
+
+def check_named(arguments: list[str]):
+    """
+    Look whether what a command line and its recipe name can be there, before anything that takes long.
+
+    Raises:
+        ValueError: if there is no such recipe, or an entry of `datasets` is none.
+        FileNotFoundError: if there is no such model or text.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in (*_MODELS, *_TEXTS):
+        parser.add_argument(
+            f"--{name}", f"--{name.replace('_', '-')}", dest=name, nargs="+" if name in _TEXTS else None
+        )
+    try:
+        given = vars(parser.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:
+        return  # a value is missing, which whoever reads all flags says
+    if arguments and not arguments[0].startswith("-"):
+        given = read_recipe(arguments[0]) | {name: value for name, value in given.items() if value is not None}
+    for name, wanted in _MODELS.items():
+        if isinstance(given.get(name), str):
+            check_there(given[name], wanted)
+    for name in _TEXTS:
+        entries = given.get(name)
+        if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
+            parse_sources(entries, name)

@@ -90,8 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str], command: str) -> int:
     from mohge.model_cards.names import check_there
+    from mohge.training.data.sources import parse_sources
 
-    from .flags import check_flags
+    from .flags import check_flags, check_named
 
     parser = make_parser(command)
     trains = command in _TRAINING and not {"-h", "--help"} & {*arguments}
@@ -99,9 +100,14 @@ def _run(arguments: list[str], command: str) -> int:
     if trains:
         options.arguments = arguments[1:]
         check_flags(options.arguments, options.parser._option_string_actions)
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # other ranks, for whom it may be there, would wait
+            check_named(options.arguments)
     named = [getattr(options, name, None) for name in ("source", "model", "folder")]
     for name in filter(None, [*named, *getattr(options, "sources", ())]):
         check_there(name)
+    for name in ("datasets", "text", "calibration") if not trains else ():
+        entries = getattr(options, name, None) or []
+        parse_sources([entries] if isinstance(entries, str) else entries, f"--{name}")
     return import_module(f".{options.module}", __package__).run(options)
 
 

@@ -18,19 +18,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, logging
 
-from mohge.model_cards.names import did_you_mean_path, parse_yaml, shipped_file
+from mohge.model_cards.names import parse_yaml
 from mohge.model_cards.writing import sole_writer, write_file
-from mohge.training.data.packing import TextSource, absolute, parse_sources
+from mohge.training.data.sources import TextSource, absolute, parse_sources
 from mohge.training.loop.callbacks import LogLineCallback, StopSignalCallback
 from mohge.training.loop.failure import RunFailed, is_lost_touch, writing
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.loop.watchdog import meet
 
+from .flags import RECIPE_NAME, read_recipe
+
 
 logger = logging.get_logger(__name__)
-
-RECIPE_NAME = "recipe.yaml"
-"""File of a run's folder that holds its arguments, those that differ from their defaults."""
 
 _NOT_RECORDED = {"resume_from_checkpoint", "hub_token"}
 _PATHS = {"model", "tokenizer", "datasets", "eval_datasets", "chat_template"}
@@ -181,17 +180,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _as_arguments(recipe: str, parser: _Parser) -> list[str]:
-    path = Path(recipe) if Path(recipe).exists() else shipped_file(recipe, RECIPE_NAME)
-    if path is None:
-        raise ValueError(
-            f"{recipe} is neither a file nor a shipped recipe: give a YAML file{did_you_mean_path(recipe)}"
-        )
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{recipe} cannot be read as a YAML recipe ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{recipe} is no recipe: write one `name: value` per line")
+    values = read_recipe(recipe)
     arguments = []
     for name, value in values.items():
         if f"--{name}" not in parser._option_string_actions:  # also without a value, which argparse does not see

@@ -30,13 +30,12 @@ from mohge.model_cards.shipped import load_config
 from mohge.parallel_mohge import check_layout
 from mohge.training.data.corpus import train_tokenizer
 from mohge.training.data.packing import (
-    TextSource,
     check_sequence_length,
     collate_packed,
     packed_blocks,
-    parse_sources,
     read_rows,
 )
+from mohge.training.data.sources import TextSource, parse_sources
 from mohge.training.loop.checkpointing import check_same_model, reading
 from mohge.training.loop.failure import writing
 from mohge.training.loop.trainer import MoHGETrainer

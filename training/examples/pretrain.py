@@ -1,6 +1,6 @@
 """From a config to a trained model that writes: `python training/examples/pretrain.py [FOLDER] [STEPS]`.
 
-Some three minutes on two CPU cores, without network: the text is the Python standard library's own.
+Some three minutes of CPU time, without network: the text is the Python standard library's own.
 """
 
 import sys

@@ -1,33 +1,23 @@
 """The sections of a page that compares runs."""
 
-from matplotlib.figure import Figure
-
-from .drawing import Exhibit, evenly, group_styles, legend_below, mark_last, plot
 from .layout import as_perplexity, as_text
 from .measure import deciles
-from .over_time import loss_curves
+from .over_time import compare, compare_training, loss_curves, training_losses
 from .sections import Section
 from .subject import Report
 
 
 def comparison(reports: list[Report]) -> list[Section]:
     """Runs beside one another, at most `LINES`: a table, and their curves on the same axes."""
+    trained = training_losses({report.source: report.history for report in reports})
     curves = {report.source: loss_curves(report.history) for report in reports}
-    trained = {source: next(iter(losses.values())) for source, losses in curves.items() if losses}
     held_out = {source: losses["held out"] for source, losses in curves.items() if "held out" in losses}
     exhibits = []
     if trained:
-        exhibits.append(
-            _chart(
-                "Loss in training",
-                "Language-model loss, in nats per token. The axis does not begin at 0.",
-                "step",
-                trained,
-            )
-        )
+        exhibits.append(compare_training(trained))
     if held_out:
         exhibits.append(
-            _chart(
+            compare(
                 "Held-out loss",
                 "Each run's own held-out text, in nats per token. The axis does not begin at 0.",
                 "step",
@@ -43,7 +33,7 @@ def comparison(reports: list[Report]) -> list[Section]:
             for report in reports
         }
         caption = "Neurons per layer of the tokens of each tenth, by loss. The axis begins at 0."
-        exhibits.insert(0, _chart("Width against difficulty", caption, "decile of token loss (1 = easiest)", tenths))
+        exhibits.insert(0, compare("Width against difficulty", caption, "decile of token loss (1 = easiest)", tenths))
     notes = [_best(reports, trained), "Perplexity and loss are per token: they compare models of one tokenizer."]
     return [Section("Verdict", notes, exhibits, _table(reports, trained, held_out))]
 
@@ -82,32 +72,3 @@ def _table(reports: list[Report], trained: dict[str, list], held_out: dict[str, 
         )
     names = ["run", "router", "parameters", "used per token", "FLOPs forward per token", "counted", "steps"]
     return [[*names, "last loss in training", "last held-out loss", "perplexity on the text"], *rows]
-
-
-def _chart(title: str, caption: str, label: str, curves: dict[str, list[tuple[int, float]]]) -> Exhibit:
-    def draw(figure: Figure, narrow: bool):
-        axes = figure.subplots()
-        for (source, points), style in zip(curves.items(), group_styles(len(curves)), strict=True):
-            x, y = zip(*points, strict=True)
-            plot(axes, x, y, source, markevery=max(1, len(x) // 8), **style)
-        axes.set_xlabel(label)
-        if label == "step":
-            mark_last(axes, sorted({x for points in curves.values() for x, _ in points}))
-        else:
-            axes.set_ylim(0, 1.1 * max(1, *(y for points in curves.values() for _, y in points)))
-        legend_below(axes)
-
-    height = 290 + 20 * len(curves)
-    ends = [f"{source}: {points[0][1]:.4g} to {points[-1][1]:.4g}" for source, points in curves.items()]
-    places = sorted({x for points in curves.values() for x, _ in points})
-    values = [dict(points) for points in curves.values()]
-    return Exhibit(
-        title,
-        caption,
-        f"From the first point to the last, {'; '.join(ends)}.",
-        f"Line chart of {len(curves)} models on the same axes.",
-        draw,
-        (height, height),
-        [label, *curves],
-        [[x, *(points.get(x) for points in values)] for x in evenly(places, 50)],
-    )

@@ -21,6 +21,7 @@ from .drawing import (
     draw_loads,
     draw_reference,
     evenly,
+    group_styles,
     legend_below,
     mark_bands,
     mark_last,
@@ -90,6 +91,49 @@ def loss_exhibit(history: list[dict]) -> Exhibit | None:
         (300 + 20 * len(curves), 280 + 20 * len(curves)),
         ["step", *curves],
         [[step, *(points.get(step) for points in by_step.values())] for step in steps],
+    )
+
+
+def training_losses(histories: dict[str, list[dict]]) -> dict[str, list[tuple[int, float]]]:
+    """The language-model loss in training of each run that has logged one, as steps and values."""
+    curves = {source: loss_curves(history) for source, history in histories.items()}
+    return {source: next(iter(losses.values())) for source, losses in curves.items() if losses}
+
+
+def compare_training(curves: dict[str, list[tuple[int, float]]]) -> Exhibit:
+    """The [`training_losses`] of several runs on the same axes."""
+    caption = "Language-model loss, in nats per token. The axis does not begin at 0."
+    return compare("Loss in training", caption, "step", curves)
+
+
+def compare(title: str, caption: str, label: str, curves: dict[str, list[tuple[int, float]]]) -> Exhibit:
+    """A curve of each of several models, at most `LINES`, on the same axes, against steps or from 0 on."""
+
+    def draw(figure: Figure, narrow: bool):
+        axes = figure.subplots()
+        for (source, points), style in zip(curves.items(), group_styles(len(curves)), strict=True):
+            x, y = zip(*points, strict=True)
+            plot(axes, x, y, source, markevery=max(1, len(x) // 8), **style)
+        axes.set_xlabel(label)
+        if label == "step":
+            mark_last(axes, sorted({x for points in curves.values() for x, _ in points}))
+        else:
+            axes.set_ylim(0, 1.1 * max(1, *(y for points in curves.values() for _, y in points)))
+        legend_below(axes)
+
+    height = 290 + 20 * len(curves)
+    ends = [f"{source}: {points[0][1]:.4g} to {points[-1][1]:.4g}" for source, points in curves.items()]
+    places = sorted({x for points in curves.values() for x, _ in points})
+    values = [dict(points) for points in curves.values()]
+    return Exhibit(
+        title,
+        caption,
+        f"From the first point to the last, {'; '.join(ends)}.",
+        f"Line chart of {len(curves)} models on the same axes.",
+        draw,
+        (height, height),
+        [label, *curves],
+        [[x, *(points.get(x) for points in values)] for x in evenly(places, 50)],
     )
 
 

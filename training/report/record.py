@@ -17,7 +17,8 @@ from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, read_json
 from mohge.model_cards.records import recorded_routings
 from mohge.model_cards.shipped import load_config
 
-from ..data.packing import batches, packed_blocks, parse_sources
+from ..data.packing import batches, packed_blocks
+from ..data.sources import parse_sources
 from ..loop.traffic import RouterTraffic
 from ..tuning.lora import known_patterns, read_adapter
 from .measure import RoutingEvaluation, evaluate_routing

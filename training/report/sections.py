@@ -9,7 +9,7 @@ from . import over_time, routing
 from .drawing import Exhibit, evenly
 from .layout import group_labels
 from .measure import top_tokens
-from .sample import Piece, pieces
+from .sample import Piece, passages
 from .subject import Report, span
 from .verdict import verdict
 
@@ -28,7 +28,8 @@ class Section(NamedTuple):
     """Column names, then rows."""
     tokens: list[tuple[str, str, list[tuple[str, int, float]]]] | None = None
     """Of each width its name, its share, and its tokens: text, number of occurrences, factor."""
-    sample: list[Piece] | None = None
+    sample: dict[str, list[Piece]] | None = None
+    """Passages by what they are."""
 
 
 def sections(report: Report) -> list[Section]:
@@ -39,8 +40,11 @@ def sections(report: Report) -> list[Section]:
     if report.evaluation is not None:
         everything.append(_difficulty(report))
     if report.sample is not None:
-        note = "The prompt, then what was sampled. The stronger a token's ground, the more neurons it used."
-        everything.append(Section("Sample", [note], sample=pieces(report.sample, report.tokenizer)))
+        note = (
+            "The stronger a token's ground, the more neurons it used to predict the next one; how hard that was shows "
+            "where the pointer rests."
+        )
+        everything.append(Section("Sample", [note], sample=passages(report.sample, report.tokenizer)))
     everything += [*_training(report), *_routing(report)]
     if report.evaluation is not None:
         everything.append(_tokens(report))
@@ -53,10 +57,13 @@ def _training(report: Report) -> list[Section]:
         return [
             Section("Training", ["There is no training record here: in a run's folder, trainer_state.json holds it."])
         ]
-    loss = over_time.loss_exhibit(history)
-    optimizer = over_time.optimizer_exhibit(history)
+    loss, optimizer = over_time.loss_exhibit(history), over_time.optimizer_exhibit(history)
+    both = over_time.training_losses({each.source: each.history for each in (report, report.control) if each})
+    compared = over_time.compare_training(both) if len(both) > 1 else None
     first = Section(
-        "Training", [] if loss else ["The run has logged no loss yet."], [each for each in (loss, optimizer) if each]
+        "Training",
+        [] if loss else ["The run has logged no loss yet."],
+        [each for each in (loss, compared, optimizer) if each],
     )
     measured = None if report.evaluation is None else report.evaluation.statistics.activated_parameters()
     router = over_time.router_exhibit(history, config, report.sizes.activated, measured)

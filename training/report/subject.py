@@ -16,6 +16,7 @@ from ..loop.traffic import RouterTraffic
 from .drawing import evenly
 from .layout import as_perplexity, group_labels
 from .measure import RoutingEvaluation
+from .sample import Sample
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Report:
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Needed with `evaluation`.
         text (`str`, *optional*): What the text is.
         facts (`dict[str, str]`, *optional*): More lines for the list of facts.
-        sample ([`RoutingEvaluation`], *optional*): Generated text, with its routing.
+        sample ([`Sample`], *optional*): A text, and what the model makes of its beginning.
         control (`Report`, *optional*): A model to compare this one with, evaluated on the same text.
     """
 
@@ -46,7 +47,7 @@ class Report:
     tokenizer: PreTrainedTokenizerBase | None = None
     text: str | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    sample: RoutingEvaluation | None = None
+    sample: Sample | None = None
     control: "Report | None" = None
 
     @cached_property

@@ -223,13 +223,22 @@ def test_demo(router, tmp_path, monkeypatch, capsys):
 
     folder = tmp_path / "out"
     page = _Sources()
-    page.feed((folder / "report.html").read_text(encoding="utf-8"))
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    page.feed(html)
     assert len(page.sources) > 3
     assert all(source.startswith(("#", "data:image/png;")) for source in page.sources)  # nothing from elsewhere
-    text = Page((folder / "report.html").read_text(encoding="utf-8")).text
+    written = Page(html)
+    text = written.text
     assert verdict in text  # the same figures, once
     assert text.lower().count(f"perplexity {ours}") == printed.lower().count("perplexity") == 1
-    assert text.index(verdict) < text.index("By loss") < text.index("The prompt, then")
+    for label in ("Prompt, from text that was held out", "How that text goes on", "How the model goes on"):
+        assert f"\n{label}:\n" in printed
+        assert text.index(verdict) < text.index("By loss") < text.index(label)
+    for place in (printed, re.sub("<.*?>", "", html)):
+        assert "    if s is None:\n" in place  # as it is in Python's shlex
+    assert re.search(r'title="\d+ neurons per layer, loss of the next token [\d.]+ nats"', html)
+    for run in (f"mohge demo, {router}", "the control"):  # their curves are in one figure
+        assert any(re.fullmatch(rf"{run}: [\d.]+ at {STEPS}", tip) for tip in written.tips)
     assert "\x1b" not in printed
     assert f"| perplexity | {ours.replace(',', '')}" in (folder / "README.md").read_text(encoding="utf-8")
 

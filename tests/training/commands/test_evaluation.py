@@ -218,7 +218,7 @@ def test_weights_that_are_not_finite_are_refused(saved, tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "--datasets and --tasks are missing"),
-        (["--datasets", "no/such.jsonl"], "no/such.jsonl cannot be read as text"),
+        (["--datasets", "no/such.jsonl"], "no/such.jsonl does not exist"),
         (["--datasets", "{path: a.jsonl, colum: b}"], "unknown key `colum`"),
         (["--datasets", "standard-library", "--batch-size", "0"], "--batch-size is 0"),
         (["--datasets", "standard-library", "--sequence-length", "-3"], "--sequence-length is -3"),

@@ -290,7 +290,7 @@ def test_adapter_whose_tensors_are_not_its_own_is_neither_merged_nor_gone_on_fro
     [
         ({"model": "nowhere"}, "nowhere does not exist"),
         ({"data": None}, "`datasets` is missing"),
-        ({"data": "nothing.jsonl"}, "nothing.jsonl cannot be read"),
+        ({"data": "nothing.jsonl"}, "nothing.jsonl does not exist"),
         ({"data": "chat.jsonl", "chat_template": None}, "no chat template"),
         ({"data": "chat.jsonl", "chat_template": "PLACE/plain.jinja"}, "--assistant_only_loss false"),
         ({"data": None, "datasets": "{path: PLACE/chat.jsonl, weight: 1}"}, "`weight` is for text"),

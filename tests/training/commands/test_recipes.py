@@ -19,7 +19,7 @@ from mohge.info import parameter_counts
 from mohge.model_cards.names import shipped_file, shipped_recipes
 from mohge.model_cards.shipped import load_config
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts, train_tokenizer
-from mohge.training.data.packing import TextSource, parse_sources
+from mohge.training.data.sources import TextSource, parse_sources
 
 
 RECIPES = ["hi-moe-7b", "hmoe-3b", "modse", "moe-3b", "mohge-3b", "olmoe-1b-7b", "tiny", "tiny-moe"]

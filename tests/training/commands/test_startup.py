@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,29 @@ QUICK = {
     "path": (["info", "runs/tniy"], 2, "did you mean runs/tiny?"),
     "folder": (["eval", "rnus/tiny", "--datasets", "a"], 2, "did you mean runs/tiny?"),
     "not in the folder": (["report", "runs/other"], 2, "runs/other does not exist"),
+    "model to train": (["train", "--model", "runs/tniy"], 2, "did you mean runs/tiny?"),
+    "recipe to train": (["train", "tniy"], 2, "did you mean tiny?"),
+    "folder that is a file": (["train", "--model", "bda.yaml/a/tiny"], 2, "bda.yaml/a/tiny does not exist"),
+    "model in a recipe": (["train", "bad.yaml"], 2, "did you mean runs/tiny?"),
+    "text to train on": (
+        ["train", "tiny", "--datasets", "standard-library", "tx.jsonl"],
+        2,
+        "`datasets`: tx.jsonl",
+    ),
+    "held-out text": (
+        ["finetune", "--model", "tiny", "--eval-datasets={path: tx}"],
+        2,
+        "`eval_datasets`: tx does",
+    ),
+    "tokenizer": (["train", "tiny", "--tokenizer", "runs/other"], 2, "give the folder of a tokenizer"),
+    "teacher": (["finetune", "--model", "runs/tiny", "--distill", "runs/tniy"], 2, "did you mean runs/tiny?"),
+    "text to evaluate on": (["eval", "runs/tiny", "--datasets", "tx.jsonl"], 2, "`--datasets`: tx.jsonl does not"),
+    "text of a report": (["report", "runs/tiny", "--text", "tx.jsonl"], 2, "`--text`: tx.jsonl does not exist"),
+    "text of a conversion": (
+        ["convert", "runs/tiny", "out", "--calibration", "tx.txt"],
+        2,
+        "tx.txt does not exist",
+    ),
     "recipe": (["place", "tinny", "--devices", "2"], 2, "did you mean tiny?"),
     **{f"{name} --help": ([name, "--help"], 0, f"usage: mohge {name}") for name in NAMES},
 }
@@ -55,6 +79,7 @@ def quick(tmp_path_factory) -> dict[str, list]:
     """What each command gives, all in one process without network, where `runs/tiny` is a folder."""
     place = tmp_path_factory.mktemp("place")
     (place / "runs" / "tiny").mkdir(parents=True)
+    (place / "bad.yaml").write_text("model: runs/tniy\n")
     commands = json.dumps([command for command, _, _ in QUICK.values()])
     done = subprocess.run([sys.executable, "-c", TRY, commands], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -67,6 +92,7 @@ def test_answered_without_importing_what_runs(name, quick):
     _, expected, text = QUICK[name]
     assert (status, heavy) == (expected, []), printed
     assert text in printed
+    assert "did you mean bad.yaml?" not in printed
     if expected:
         assert "Traceback" not in printed
         assert len([line for line in printed.splitlines() if line.startswith("mohge")]) == 1
@@ -112,6 +138,37 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 assert [*CONFIG_MAPPING].count("mohge") == 1
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "MoHGEForCausalLM True\n"
+
+
+def test_auto_classes_know_the_model_although_their_table_is_another(tmp_path):
+    """What a later transformers may change: the package then registers as any other does, when it is imported."""
+    place = Path(find_spec("transformers").origin).parent
+    for folder in (place, place / "models", place / "models" / "auto"):  # all as it is, but for one file
+        copy = tmp_path / folder.relative_to(place.parent)
+        copy.mkdir()
+        for entry in folder.iterdir():
+            if entry not in (place / "models", place / "models" / "auto"):
+                (copy / entry.name).symlink_to(entry)
+    file = tmp_path / "transformers" / "models" / "auto" / "configuration_auto.py"
+    text = file.read_text(encoding="utf-8")
+    file.unlink()
+    file.write_text(text.replace("self._mapping", "self._table").replace("self._modules", "self._loaded"))
+    code = f"""
+import mohge
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+assert not hasattr(CONFIG_MAPPING, "_mapping")
+config = AutoConfig.from_pretrained({str(ROOT / "model_cards" / "tiny")!r})
+import torch
+
+with torch.device("meta"):
+    print(type(AutoModelForCausalLM.from_config(config)).__name__, isinstance(config, mohge.MoHGEConfig))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "MoHGEForCausalLM True\n"
 

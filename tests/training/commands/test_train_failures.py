@@ -300,7 +300,7 @@ def test_error_of_one_rank_is_said_by_it_and_ends_the_other(inputs, cache, tmp_p
     flags = [arguments(inputs, tmp_path / "run", datasets=data) for data in (inputs / "a.jsonl", "no/such/text.jsonl")]
     ranks = Ranks(2, tmp_path / "logs", run_command_of_each, cache, flags)
     assert ranks.wait() == [1, 2], ranks.errors()
-    assert "no/such/text.jsonl cannot be read" in only_line(ranks.errors(1))
+    assert "no/such/text.jsonl does not exist" in only_line(ranks.errors(1))
     assert "lost touch with another rank" in only_line(ranks.errors(0))
 
 

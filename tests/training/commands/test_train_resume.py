@@ -331,7 +331,7 @@ def test_finished_run_is_left_alone(values, whole, inputs, tmp_path, capsys):
     ("values", "reason"),
     [
         ({"model": "other"}, "is a checkpoint of another config: `"),
-        ({"datasets": "no/such/text.jsonl"}, "no/such/text.jsonl cannot be read"),
+        ({"datasets": "no/such/text.jsonl"}, "no/such/text.jsonl does not exist"),
         ({"tokenizer": "no/such/tokenizer"}, "no/such/tokenizer"),
         ({"resume_from_checkpoint": "no/checkpoint-4"}, "`resume_from_checkpoint` is no/checkpoint-4"),
     ],

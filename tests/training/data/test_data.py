@@ -18,7 +18,8 @@ from tokenizers.processors import TemplateProcessing
 
 from mohge.training.data import packing
 from mohge.training.data.corpus import STANDARD_LIBRARY, standard_library_texts
-from mohge.training.data.packing import TextSource, collate_packed, packed_blocks, parse_sources, read_rows
+from mohge.training.data.packing import collate_packed, packed_blocks, read_rows
+from mohge.training.data.sources import TextSource, parse_sources
 
 
 LENGTH = 32

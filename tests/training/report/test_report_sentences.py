@@ -1,5 +1,6 @@
 """What a page and a terminal say about figures: verdicts, samples, and colours with a meaning."""
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -54,11 +55,11 @@ def test_difference_between_tenths_is_said_if_it_is_above_its_error(width, error
 
 
 def test_sample_is_coloured_only_for_a_terminal():
-    sample = [Piece("def", 10, 0), Piece(" f\n", 20, 4)]
-    assert for_terminal(sample, color=False) == "def f\n"
+    sample = {"one": [Piece("def", 10, 0, 1.0), Piece(" f\n ", 20, 4, 1.0)], "two": [Piece("g", 15, 2, math.nan)]}
+    assert for_terminal(sample, color=False) == "one:\ndef f\n \n\ntwo:\ng"
     colored = for_terminal(sample, color=True)
     assert "\x1b[0m\n" in colored  # no colour crosses the end of a line
-    assert re.sub(r"\x1b\[[\d;]*m", "", colored).startswith("def f\n\n\ncoloured by")
+    assert re.sub(r"\x1b\[[\d;]*m", "", colored).startswith("one:\ndef f\n \n\ntwo:\ng\n\ncoloured by")
 
 
 def test_loads_have_one_scale_around_even():
