@@ -20,7 +20,6 @@ What makes it fast (figures: benchmarks/results):
 import ctypes
 import mmap
 import platform
-import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,7 +322,7 @@ def backward(
         if needs_weights:
             d_weights_e.copy_(torch.linalg.vecdot(d_activation, activation))
         if needs_down:
-            _weight_gradient(dy_PH, activation.mul_(weights_P), d_down_e)
+            _linear(dy_PH.t(), activation.mul_(weights_P).t(), d_down_e)
         if needs_hidden or needs_gate_up:
             d_projection = torch.empty_like(projection)
             d_gate, d_up = d_projection.chunk(2, dim=-1)
@@ -333,7 +332,7 @@ def backward(
         if needs_hidden:
             _linear(d_projection, gate_up_e.t(), d_rows)
         if needs_gate_up:
-            _weight_gradient(d_projection, hidden_states.index_select(0, tokens_P), d_gate_up_e)
+            _linear(d_projection.t(), hidden_states.index_select(0, tokens_P).t(), d_gate_up_e)
     gradients = [layout.combine(d_rows_RH)] if needs_hidden else []
     if needs_weights:
         gradients.append(d_weights_R[layout.row_TK])
@@ -361,27 +360,19 @@ def _sort(index_TK: torch.Tensor, key_of_expert: torch.Tensor, keys: int) -> tup
     return order_S.int(), position_S.int().view_as(keys_TK), counts.int()
 
 
-def _processor() -> tuple[str, int]:
-    """Who made the processor, and its family, as it says itself; "" and 0 where it does not."""
+def _mkl_leads() -> bool:
+    """
+    Whether MKL leads in products in float32: by 1.2 to 2.1 times on an Intel Xeon with AVX-512 and without AMX. On an
+    AMD EPYC of family 25 or 26 (Zen 4, 5) oneDNN does, and in gradients of weights neither (benchmarks/products.py).
+    """
     information = Path("/proc/cpuinfo")
     text = information.read_text() if information.exists() else platform.processor()
-    maker = next((maker for maker in ("GenuineIntel", "AuthenticAMD") if maker in text), "")
-    family = re.search(r"family\W+(\d+)", text, re.IGNORECASE)
-    return maker, int(family[1]) if family else 0
+    return torch.backends.mkl.is_available() and "GenuineIntel" in text
 
 
-def _mkl_leads(maker: str, family: int) -> tuple[bool, bool]:
-    """Whether MKL leads in products with weights, and in gradients of weights, in float32: in both by 1.2 to 2.1 times
-    on an Intel Xeon with AVX-512 and without AMX; in the second by 1.4 to 2.7 on an AMD EPYC of family 25 (Zen 4). On
-    one of family 26 (Zen 5) oneDNN leads in both."""
-    if not torch.backends.mkl.is_available():
-        return False, False
-    return maker == "GenuineIntel", maker == "GenuineIntel" or (maker == "AuthenticAMD" and family < 26)
-
-
-MKL_LEADS, MKL_LEADS_IN_GRADIENTS = _mkl_leads(*_processor())
+MKL_LEADS = _mkl_leads()
 """With MKL the last bits depend on where a weight lies in memory and on how many rows there are, as in all other
-layers of a model. Gradients lie where PyTorch puts fresh memory, which is always aligned."""
+layers of a model."""
 few_rows = 0
 """Products of float32 with at most so many rows go to MKL on AMD too: as the first of two matrices, and with two
 rows at least, it reads a weight about twice as fast as oneDNN, up to 8 rows; at 12 oneDNN is faster. Serving engines
@@ -399,11 +390,3 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = No
         result = torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
         return result if out is None else out.copy_(result)
     return torch.mm(x, weight.t(), out=out)
-
-
-def _weight_gradient(rows: torch.Tensor, inputs: torch.Tensor, out: torch.Tensor):
-    """`rows.T @ inputs`, to its place."""
-    if MKL_LEADS_IN_GRADIENTS and rows.dtype == torch.float32:
-        torch.mm(rows.t(), inputs, out=out)
-    else:
-        _linear(rows.t(), inputs.t(), out)
