@@ -414,11 +414,11 @@ def test_broken_entry_is_refused(entry, reason):
 
 
 def test_entries_are_paths_and_mappings():
-    entries = ["a.jsonl", "{path: b, name: c, split: 'test[:5]', column: d, weight: 0.5, revision: e}"]
+    entries = ["org/a", "{path: org/b, name: c, split: 'test[:5]', column: d, weight: 0.5, revision: e}"]
     with pytest.raises(ValueError, match=r"`datasets` has entries with and without `weight`"):
         parse_sources(entries, "datasets")
-    assert parse_sources(entries[:1], "datasets") == [TextSource("a.jsonl")]
-    assert parse_sources(entries[1:], "datasets") == [TextSource("b", "c", "test[:5]", "d", 0.5, "e")]
+    assert parse_sources(entries[:1], "datasets") == [TextSource("org/a")]
+    assert parse_sources(entries[1:], "datasets") == [TextSource("org/b", "c", "test[:5]", "d", 0.5, "e")]
 
 
 def lines(row: str, broken: str = "") -> bytes:
