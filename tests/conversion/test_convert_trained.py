@@ -28,7 +28,7 @@ def sources(text, tmp_path_factory):
     """Folder of a trained Llama and a trained OLMoE."""
     folder = tmp_path_factory.mktemp("sources")
     for name in ("llama", "olmoe"):
-        assert train_source(name, text, folder / name, steps=240) < 4.5  # log(512) = 6.2 before training
+        assert train_source(name, text, folder / name) < 4.3  # log(512) = 6.2 before training
     return folder
 
 
@@ -277,8 +277,8 @@ def test_hard_tokens_start_at_wider_groups(mode, converted, text):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_fine_tuning_beats_training_from_scratch(mode, converted, text):
-    losses = compare(converted[mode][0], text, range(1), steps=60)
+    losses = compare(converted[mode][0], text, range(1), steps=120)
     (ours,), (scratch,) = losses["from_conversion"], losses["from_scratch"]
     assert ours < scratch - 0.1
     assert ours < losses["converted"]
-    assert scratch < 5.5  # from scratch something is learned, too
+    assert scratch < 5  # from scratch something is learned, too
