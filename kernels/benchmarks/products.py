@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -64,6 +65,19 @@ def seconds(way: Callable, calls: list[Operands]) -> float:
     return time.perf_counter() - start
 
 
+def compare(calls: list[Operands], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a call of each way, turn by turn."""
+    x, weight, _ = calls[0]
+    expected = x.double() @ weight.double().t()
+    for name, way in WAYS.items():
+        error = (way(*calls[0]).double() - expected).norm() / expected.norm()
+        if not error < _LARGEST_ERROR[x.dtype]:
+            raise SystemExit(f"error: {name} computes something else: relative error {error:.1e}")
+    # The first turn generates code.
+    turns = [[seconds(way, calls) / EXPERTS for way in WAYS.values()] for _ in range(rounds + 1)][1:]
+    return dict(zip(WAYS, map(list, zip(*turns, strict=True)), strict=True))
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,32 +88,18 @@ def main():
     torch.manual_seed(0)
     record = {"machine": machine("cpu"), "rounds": options.rounds, "measurements": []}
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items()))
-    for dtype in _LARGEST_ERROR:
-        for kind in ("product", "gradient"):
-            print(f"\n{dtype}, {kind}: microseconds (median), and times faster than oneDNN with 10% and 90%")
-            for rows in options.rows:
-                calls = operands(kind, rows, dtype)
-                x, weight, _ = calls[0]
-                expected = x.double() @ weight.double().t()
-                times = {name: [] for name in WAYS}
-                for name, way in WAYS.items():
-                    error = (way(*calls[0]).double() - expected).norm() / expected.norm()
-                    if not error < _LARGEST_ERROR[dtype]:
-                        raise SystemExit(f"error: {name} computes something else: relative error {error:.1e}")
-                for turn in range(options.rounds + 1):
-                    for name, way in WAYS.items():
-                        taken = seconds(way, calls) / EXPERTS
-                        if turn:  # the first one generates code
-                            times[name].append(taken)
-                found = {name: deciles([1e6 * value for value in values]) for name, values in times.items()}
-                faster = {name: deciles(ratios(times, "onednn", name)) for name in times if name != "onednn"}
-                shown = [f"{name} {found[name]['median']:7.1f}" for name in times]
-                shown += [f"{name} {r['median']:.2f} [{r['10%']:.2f}, {r['90%']:.2f}]" for name, r in faster.items()]
-                print(f"  {rows:4} rows: " + "  ".join(shown), flush=True)
-                row = {"dtype": str(dtype), "kind": kind, "rows": rows, "us": found, "faster": faster}
-                record["measurements"].append(row)
-                if options.json:
-                    options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("microseconds (median), and times faster than oneDNN with 10% and 90%")
+    for dtype, kind, rows in product(_LARGEST_ERROR, ("product", "gradient"), options.rows):
+        times = compare(operands(kind, rows, dtype), options.rounds)
+        found = {name: deciles([1e6 * value for value in values]) for name, values in times.items()}
+        faster = {name: deciles(ratios(times, "onednn", name)) for name in times if name != "onednn"}
+        shown = [f"{name} {found[name]['median']:7.1f}" for name in times]
+        shown += [f"{name} {r['median']:.2f} [{r['10%']:.2f}, {r['90%']:.2f}]" for name, r in faster.items()]
+        print(f"{dtype!s:14} {kind:8} {rows:4} rows: " + "  ".join(shown), flush=True)
+        row = {"dtype": str(dtype), "kind": kind, "rows": rows, "us": found, "faster": faster}
+        record["measurements"].append(row)
+        if options.json:
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -362,8 +362,9 @@ def _sort(index_TK: torch.Tensor, key_of_expert: torch.Tensor, keys: int) -> tup
 
 def _mkl_leads() -> bool:
     """
-    Whether MKL leads in products in float32: by 1.2 to 2.1 times on an Intel Xeon with AVX-512 and without AMX. On an
-    AMD EPYC of family 25 or 26 (Zen 4, 5) oneDNN does, and in gradients of weights neither (benchmarks/products.py).
+    Whether MKL leads in products in float32: by 1.2 to 2.1 times on an Intel Xeon with AVX-512 and without AMX. On AMD
+    EPYCs oneDNN does: of family 26 (Zen 5) in all, of family 25 (Zen 4) but for gradients of weights, in which neither
+    does (benchmarks/products.py).
     """
     information = Path("/proc/cpuinfo")
     text = information.read_text() if information.exists() else platform.processor()
