@@ -3,6 +3,7 @@ What unequal widths are worth when a model is compressed: `python -m mohge.conve
 
     evidence mixture DENSE OUT --text TEXT      # splits a dense model into 8 equal experts and trains them a little
     evidence measure SOURCE --text TEXT --held-out TEXT --results FILE
+    evidence uniform SOURCE OUT --keep F --text TEXT                     # the control of `mohge convert --mode trim`
     evidence compare SOURCE FOLDER... --held-out TEXT --results FILE     # what `mohge convert` made of SOURCE
     evidence task OUT --held-out TEXT           # for `mohge eval FOLDER --tasks continuation --include-path OUT`
 
@@ -32,7 +33,7 @@ from transformers import __version__ as TRANSFORMERS
 from mohge.backbones_mohge import feed_forwards
 from mohge.training.benchmarks.machine import processor
 
-from .allocation import allocate, choices, even
+from .allocation import Choices, allocate, choices, even
 from .checkpoint import Checkpoint, NamedTensors, read_config
 from .decoders import make_decoder
 from .pipeline import convert
@@ -274,7 +275,9 @@ def compare(options: argparse.Namespace):
         row = subject.measure(held_out, subject.widths, reference)
         row |= {"used": row["used"] + shared, "kept": (sum(map(sum, subject.widths)) + shared) / whole}
         facts = {"source": options.source.name, "machine": machine(), "contestant": folder.name}
-        facts |= json.loads((folder / "conversion_report.json").read_text(encoding="utf-8"))["parameters"]["after"]
+        receipt = folder / "conversion_report.json"
+        if receipt.exists():  # a model that has been trained since has none
+            facts |= json.loads(receipt.read_text(encoding="utf-8"))["parameters"]["after"]
         write_row(options.results, facts | row)
         print(
             f"{folder.name}: perplexity {np.exp(np.mean(row['losses'])):.2f} KL {row['kl']:.3f} used {row['used']:.0f}"
@@ -331,6 +334,28 @@ def make_mixture(options: argparse.Namespace):
             print(f"step {step}: loss {loss.item():.3f}", flush=True)
     model.save_pretrained(trained)
     AutoTokenizer.from_pretrained(options.output).save_pretrained(trained)
+
+
+def make_uniform(options: argparse.Namespace):
+    """Narrow all experts to the same share of their width, with survey, order and refit as `trim --keep` has them."""
+    recipe = load_recipe(
+        None,
+        source=str(options.source),
+        output=str(options.output),
+        mode="trim",
+        keep=options.keep,
+        multiple=1,
+        calibration=str(options.text),
+        calibration_tokens=options.calibration_blocks * LENGTH,
+        calibration_length=LENGTH,
+    )
+    plan = make_plan(recipe)
+
+    def pick(tables: list[Choices], budget: float) -> list[list[int]]:
+        return [[t.widths.index(round(options.keep * t.widths[-1]))] * len(t.lost) for t in tables]
+
+    plan.mode.pick = pick
+    convert(plan)
 
 
 def make_task(options: argparse.Namespace):
@@ -403,6 +428,13 @@ def main():
     command.add_argument("--keep", type=float, nargs="+", default=KEEP)
     command.add_argument("--seeds", type=int, default=3)
     command.set_defaults(run=measure)
+    command = commands.add_parser("uniform")
+    command.add_argument("source", type=Path)
+    command.add_argument("output", type=Path)
+    command.add_argument("--text", type=Path, required=True)
+    command.add_argument("--keep", type=float, required=True)
+    command.add_argument("--calibration-blocks", type=int, default=49)
+    command.set_defaults(run=make_uniform)
     command = commands.add_parser("compare")
     command.add_argument("source", type=Path)
     command.add_argument("folders", type=Path, nargs="+")

@@ -119,7 +119,7 @@ class Trim(Mode):
         own = {number: list(map(len, layers[number].neurons)) for number in sparse}
         cost = sum(prices(layers[number], self.recipe.budget) @ own[number] for number in sparse)
         evened = even([layers[number] for number in sparse], list(tables.values()))
-        chosen = dict(zip(sparse, allocate(evened, self.recipe.keep * cost, self.recipe.groups), strict=True))
+        chosen = dict(zip(sparse, self.pick(evened, self.recipe.keep * cost), strict=True))
         lost = sum(tables[number].lost[range(len(chosen[number])), chosen[number]].sum() for number in sparse)
         whole = sum(curve[0].item() for layer in layers for curve in layer.lost)
         self._lost, self._tokens = lost, tokens
@@ -130,6 +130,10 @@ class Trim(Mode):
             shapes[number], self.group_of[number] = self._shape(number, widths)
         first = shapes[sparse[0]]
         self.target = self._regrouped(first, {number: shape for number, shape in shapes.items() if shape != first})
+
+    def pick(self, tables: list[Choices], budget: float) -> list[list[int]]:
+        """Of each layer and unit the index of its width; here the widths that lose the least."""
+        return allocate(tables, budget, self.recipe.groups)
 
     def forecast(self) -> dict[str, str]:
         if self.recipe.keep is None:

@@ -9,6 +9,7 @@ import torch
 from conversion_cases import EXPERT_WIDTH, EXPERTS, LAYERS, add_tokenizer, convert, load, make_source
 
 from mohge.conversion import evidence, evidence_table
+from mohge.conversion.checkpoint import read_config
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,17 @@ def test_measure_and_compare(place, monkeypatch, capsys):
 
     options = ["--mode", "trim", "--keep", "0.4", "--saliency", "magnitude", "--multiple", "4"]
     assert convert(place / "olmoe", place / "trimmed", *options) == 0
-    run(monkeypatch, "compare", place / "olmoe", place / "trimmed", *text[2:], "--results", place / "made.jsonl")
-    [made] = [json.loads(line) for line in (place / "made.jsonl").read_text().splitlines()]
+    control = place / "control"
+    run(monkeypatch, "uniform", place / "olmoe", control, "--keep", 0.5, *text[:2], "--calibration-blocks", 6)
+    assert read_config(control)["moe_intermediate_sizes"] == [EXPERT_WIDTH // 2]
+    (control / "conversion_report.json").unlink()  # as of a model that has been trained since
+    folders = [place / "trimmed", control]
+    run(monkeypatch, "compare", place / "olmoe", *folders, *text[2:], "--results", place / "made.jsonl")
+    made, narrowed = [json.loads(line) for line in (place / "made.jsonl").read_text().splitlines()]
+    assert narrowed["kept"] == 0.5
+    assert narrowed["used"] == pytest.approx(source["used"] / 2)
+    assert "activated_as_routed" in made
+    assert "activated_as_routed" not in narrowed
     ids = evidence.blocks(place / "text.txt", place / "olmoe", 4)
     with torch.no_grad():
         losses = [load(place / "trimmed")(ids[n][None], labels=ids[n][None]).loss.item() for n in range(4)]
