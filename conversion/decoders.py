@@ -247,6 +247,8 @@ class Decoder:
         found = self.feed_forwards[number]
         found.layer.load_state_dict(state, strict=True, assign=True)
         wide = {id(parameter) for parameter in found.module.parameters() if parameter.dim() > 1}
+        if found.router is not None:  # some round the states to the dtype of their weights
+            wide -= {id(parameter) for parameter in found.router.parameters()}
         for parameter in found.layer.parameters():
             if id(parameter) not in wide:
                 parameter.data = parameter.data.float()
