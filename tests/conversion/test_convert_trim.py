@@ -40,10 +40,13 @@ from mohge.conversion.saliency import Survey
 from mohge.conversion.statistics import LayerSaliency, eliminate
 
 
+OURS = {**VARIANTS, "one_group_in_one_layer": {"per_layer_config": {1: VARIANTS["one_group"] | {"num_groups_per_tok": 1}}}}
+
+
 def model_of(name: str, folder):
     """A checkpoint of a transformers model, or of one of ours."""
-    if name in VARIANTS:
-        make_model(**VARIANTS[name]).save_pretrained(folder)
+    if name in OURS:
+        make_model(**OURS[name]).save_pretrained(folder)
         return folder
     return make_source(name, folder)
 
@@ -227,6 +230,8 @@ def kept_neurons(folder, source_folder):
         ("qwen2_moe", []),
         ("two_level", []),
         ("top_p", []),
+        ("one_group", []),
+        ("one_group_in_one_layer", []),
         ("grouped_top_k", []),
         ("mixture", []),
         ("removed_experts", []),
@@ -258,7 +263,7 @@ def test_without_refit_the_rest_computes_what_it_did(name, options, tmp_path):
     before = AutoConfig.from_pretrained(source)
     for layer in sparse_layers(config):
         widths = config.per_layer_config[layer].moe_intermediate_sizes
-        groups = len(before.per_layer_config[layer].moe_intermediate_sizes) if name in VARIANTS else 0
+        groups = len(before.per_layer_config[layer].moe_intermediate_sizes) if name in OURS else 0
         assert len(set(widths)) <= max(3, groups)
     report = read_report(out)
     assert report["calibration"] is None
@@ -359,6 +364,7 @@ def test_an_interrupted_survey_goes_on(tmp_path, monkeypatch):
         ("olmoe", ["--widths", "4,8", "--multiple", "4"], "`multiple`"),
         ("olmoe", ["--keep", "1.5"], "`keep` is 1.5"),
         ("olmoe", ["--keep", "nan"], "`keep` is nan"),
+        ("olmoe", ["--keep", "0.5", "--budget", "work", "--saliency", "magnitude"], "leave out `saliency` magnitude"),
         ("olmoe", ["--keep", "0.5", "--groups", "0"], "`groups` is 0"),
         ("two_level", ["--keep", "0.5", "--top-k", "2"], "`top_k`"),
         ("two_level", ["--widths", "4,8"], "use `keep`"),
