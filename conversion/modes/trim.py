@@ -58,8 +58,10 @@ class Trim(Mode):
             raise ValueError(
                 "`budget` work counts where tokens go, and none are looked at here: leave out `saliency` magnitude"
             )
-        if recipe.keep is not None:  # until the survey says more
-            return MoHGE(self.source.equivalent)
+        if recipe.keep is not None and isinstance(self.source, MoHGE):  # until the survey says more
+            return MoHGE(self.source.config)
+        if recipe.keep is not None:
+            return self._regrouped(self._shape_of([self.source.experts.width], [self.source.experts.count]), {})
         counts = self.expert_counts(self.source.experts.count, len(recipe.widths))
         return self._regrouped({"moe_intermediate_sizes": recipe.widths, "num_experts_per_group": counts}, {})
 
@@ -76,7 +78,7 @@ class Trim(Mode):
             value = getattr(self.recipe, option)
             if value is not None and fields["router_type"] == "source":
                 raise ValueError(f"`{option}` is the source's own where its router stays: leave it out")
-            if value is not None:
+            if value is not None and field not in shape:
                 fields[field] = value
         return self.mohge(**fields)
 
@@ -183,14 +185,18 @@ class Trim(Mode):
         group_of = np.empty(sum(map(len, units)), dtype=int)
         for unit, group in zip(units, group_of_unit, strict=True):
             group_of[unit] = group
-        shape = {"moe_intermediate_sizes": list(map(int, distinct)), "num_experts_per_group": list(map(int, counts))}
+        shape = self._shape_of(list(map(int, distinct)), list(map(int, counts)))
         if isinstance(self.source, MoHGE):
             config = self.source.config.per_layer_config[number]
             shape["num_experts_per_tok"] = config.num_experts_per_tok
-            shape["num_groups_per_tok"] = config.num_groups_per_tok if together else len(distinct)
-        elif self.recipe.router == "two_level":
-            shape["num_groups_per_tok"] = len(distinct)
+            if together:
+                shape["num_groups_per_tok"] = config.num_groups_per_tok
         return shape, group_of
+
+    def _shape_of(self, widths: list[int], counts: list[int]) -> dict:
+        """Fields of a layer with these groups, as many of which are kept per token as there are, or were asked for."""
+        kept = len(widths) if self.recipe.top_groups is None else min(self.recipe.top_groups, len(widths))
+        return {"moe_intermediate_sizes": widths, "num_experts_per_group": counts, "num_groups_per_tok": kept}
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> ExpertStatistics | None:
         if not self.observes:

@@ -362,6 +362,10 @@ def test_an_interrupted_survey_goes_on(tmp_path, monkeypatch):
         ("olmoe", ["--keep", "0.5", "--widths", "4,8"], "one of the two"),
         ("olmoe", ["--keep", "0.5", "--experts-per-group", "2"], "`experts_per_group`"),
         ("olmoe", ["--widths", "4,8", "--multiple", "4"], "`multiple`"),
+        ("olmoe", ["--keep", "0.5", "--top-k", "2"], "`top_k` is the source's own"),
+        ("olmoe", ["--keep", "0.5", "--router", "top_p"], "`router` top_p"),
+        ("olmoe", ["--keep", "0.5", "--router", "two_level", "--top-k", "9"], "`top_k` is 9"),
+        ("olmoe", ["--keep", "0.5", "--router", "two_level", "--top-groups", "0"], "`top_groups` is 0"),
         ("olmoe", ["--keep", "1.5"], "`keep` is 1.5"),
         ("olmoe", ["--keep", "nan"], "`keep` is nan"),
         ("olmoe", ["--keep", "0.5", "--budget", "work", "--saliency", "magnitude"], "leave out `saliency` magnitude"),
@@ -373,6 +377,19 @@ def test_an_interrupted_survey_goes_on(tmp_path, monkeypatch):
 def test_options_that_contradict_each_other(kind, options, message, tmp_path, capsys):
     source = model_of(kind, tmp_path / "source")
     assert message in assert_refused([source, tmp_path / "out", "--mode", "trim", *options], tmp_path, capsys)
+
+
+def test_groups_per_token_of_layers_that_differ(tmp_path):
+    def change(model):
+        model.model.layers[0].mlp.experts.down_proj[1:] *= 1e-3
+
+    source = make_source("olmoe", tmp_path / "source", change=change)
+    options = ["--keep", "0.4", "--saliency", "magnitude", "--multiple", "2", "--router", "two_level"]
+    options += ["--top-k", "1", "--top-groups", "2"]
+    assert convert(source, tmp_path / "out", "--mode", "trim", *options) == 0
+    layers = AutoConfig.from_pretrained(tmp_path / "out").sparse_layers
+    assert len({str(layer.moe_intermediate_sizes) for layer in layers}) > 1
+    assert [layer.num_groups_per_tok for layer in layers] == [min(2, layer.num_groups) for layer in layers]
 
 
 def test_a_text_that_is_always_there(tmp_path):
