@@ -355,6 +355,23 @@ def test_an_interrupted_survey_goes_on(tmp_path, monkeypatch):
     assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("saliency", ["gradient", "contribution"])
+def test_a_survey_that_stopped_before_it_wrote_what_a_layer_has_lost(saliency, tmp_path, monkeypatch):
+    source, rows = make_source("olmoe", tmp_path / "source"), calibration(tmp_path / "rows.jsonl")
+    options = ["--mode", "trim", "--keep", "0.5", "--multiple", "4", "--saliency", saliency, *rows]
+
+    def stop(*arguments):
+        raise RuntimeError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mohge.conversion.saliency.save_file", stop)
+        with pytest.raises(RuntimeError, match="no more"):
+            convert(source, tmp_path / "out", *options)
+    for out in ("out", "whole"):
+        assert convert(source, tmp_path / out, *options) == 0
+    assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
