@@ -235,6 +235,7 @@ def kept_neurons(folder, source_folder):
         ("grouped_top_k", []),
         ("mixture", []),
         ("removed_experts", []),
+        ("removed_experts_of_one_layer", []),
     ],
 )
 def test_without_refit_the_rest_computes_what_it_did(name, options, tmp_path):
