@@ -236,7 +236,9 @@ def test_bad_options(name, sources, tmp_path, capsys):
 def test_kept_shares_in_reach(share, sources, tmp_path, capsys):
     """The message names the least and the most; both are taken, and what is beyond is not."""
     arguments = [sources / "llama", tmp_path / "out", *SPLIT_KEPT]
-    least, most = re.search(r"give ([\d.]+) to ([\d.]+)", assert_refused([*arguments, share], tmp_path, capsys)).groups()
+    least, most = re.search(
+        r"give ([\d.]+) to ([\d.]+)", assert_refused([*arguments, share], tmp_path, capsys)
+    ).groups()
     assert "calibration" in assert_refused([*arguments, least], tmp_path, capsys)
     assert "calibration" in assert_refused([*arguments, most], tmp_path, capsys)
     assert "keep_active" in assert_refused([*arguments, float(most) + 0.001], tmp_path, capsys)

@@ -40,7 +40,10 @@ from mohge.conversion.saliency import Survey
 from mohge.conversion.statistics import LayerSaliency, eliminate
 
 
-OURS = {**VARIANTS, "one_group_in_one_layer": {"per_layer_config": {1: VARIANTS["one_group"] | {"num_groups_per_tok": 1}}}}
+OURS = {
+    **VARIANTS,
+    "one_group_in_one_layer": {"per_layer_config": {1: VARIANTS["one_group"] | {"num_groups_per_tok": 1}}},
+}
 
 
 def model_of(name: str, folder):
