@@ -199,9 +199,9 @@ class Split(Mode):
             used = width - (1 - kept) * before / per_neuron - rows
             if not least <= used <= most:
                 raise ValueError(
-                    f"`keep_active` is {kept}: give {math.ceil(1000 * low) / 1000} to {math.floor(1000 * high) / 1000}, "
-                    f"so that beside the router a token uses {math.ceil(least)} to {math.floor(most)} of the {width} "
-                    "neurons of a feed-forward"
+                    f"`keep_active` is {kept}: give {math.ceil(1000 * low) / 1000} to "
+                    f"{math.floor(1000 * high) / 1000}, so that beside the router a token uses {math.ceil(least)} to "
+                    f"{math.floor(most)} of the {width} neurons of a feed-forward"
                 )
             shared = max(0, round((used - _CHOSEN * width) / (1 - _CHOSEN)))
             each = min(-(-(width - shared) // experts), width // experts)  # up, or the shared expert might have it all

@@ -194,8 +194,13 @@ class Trim(Mode):
         return shape, group_of
 
     def _shape_of(self, widths: list[int], counts: list[int]) -> dict:
-        """Fields of a layer with these groups, as many of which are kept per token as there are, or were asked for."""
+        """Fields of a layer with these groups. As many of them are kept per token as there are, or were asked for, but
+        no fewer than hold the experts of a token: how large groups become is not for the user to choose."""
         kept = len(widths) if self.recipe.top_groups is None else min(self.recipe.top_groups, len(widths))
+        if self.recipe.router == "two_level" and kept > 0:
+            chosen = self.recipe.top_k or self.source.config.num_experts_per_tok
+            while kept < len(widths) and sum(sorted(counts)[:kept]) < chosen:
+                kept += 1
         return {"moe_intermediate_sizes": widths, "num_experts_per_group": counts, "num_groups_per_tok": kept}
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> ExpertStatistics | None:

@@ -400,17 +400,22 @@ def test_options_that_contradict_each_other(kind, options, message, tmp_path, ca
     assert message in assert_refused([source, tmp_path / "out", "--mode", "trim", *options], tmp_path, capsys)
 
 
-def test_groups_per_token_of_layers_that_differ(tmp_path):
+@pytest.mark.parametrize(("top_k", "top_groups"), [(1, 2), (3, 1)])
+def test_groups_per_token_of_layers_that_differ(top_k, top_groups, tmp_path):
+    """As many as asked for, of those that there are; more where the smallest would not hold the experts of a token."""
+
     def change(model):
         model.model.layers[0].mlp.experts.down_proj[1:] *= 1e-3
 
     source = make_source("olmoe", tmp_path / "source", change=change)
     options = ["--keep", "0.4", "--saliency", "magnitude", "--multiple", "2", "--router", "two_level"]
-    options += ["--top-k", "1", "--top-groups", "2"]
+    options += ["--top-k", top_k, "--top-groups", top_groups]
     assert convert(source, tmp_path / "out", "--mode", "trim", *options) == 0
     layers = AutoConfig.from_pretrained(tmp_path / "out").sparse_layers
     assert len({str(layer.moe_intermediate_sizes) for layer in layers}) > 1
-    assert [layer.num_groups_per_tok for layer in layers] == [min(2, layer.num_groups) for layer in layers]
+    for layer in layers:
+        least = np.searchsorted(np.cumsum(sorted(layer.expert_counts)), top_k) + 1
+        assert layer.num_groups_per_tok == min(max(least, top_groups), layer.num_groups)
 
 
 def test_a_text_that_is_always_there(tmp_path):
