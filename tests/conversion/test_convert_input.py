@@ -26,6 +26,7 @@ from conversion_cases import (
 from model_cases import make_model
 from safetensors.torch import load_file, save_file
 
+from mohge.conversion import load_recipe, make_plan
 from mohge.info import parameter_counts
 
 
@@ -232,16 +233,21 @@ def test_bad_options(name, sources, tmp_path, capsys):
     assert re.search(message, assert_refused([source, tmp_path / "out", *options], tmp_path, capsys))
 
 
-@pytest.mark.parametrize("share", ["0.1", "0.999"])
-def test_kept_shares_in_reach(share, sources, tmp_path, capsys):
-    """The message names the least and the most; both are taken, and what is beyond is not."""
-    arguments = [sources / "llama", tmp_path / "out", *SPLIT_KEPT]
-    least, most = re.search(
-        r"give ([\d.]+) to ([\d.]+)", assert_refused([*arguments, share], tmp_path, capsys)
-    ).groups()
-    assert "calibration" in assert_refused([*arguments, least], tmp_path, capsys)
-    assert "calibration" in assert_refused([*arguments, most], tmp_path, capsys)
-    assert "keep_active" in assert_refused([*arguments, float(most) + 0.001], tmp_path, capsys)
+def test_kept_shares_in_reach(sources, tmp_path):
+    """The message names the least and the most, and both are taken."""
+
+    options = {"source": str(sources / "llama"), "output": str(tmp_path / "out"), "mode": "split"}
+
+    def plan(share):
+        make_plan(load_recipe(None, keep_active=share, **options))
+
+    with pytest.raises(ValueError, match="keep_active") as refused:
+        plan(0.1)
+    least, most = map(float, re.search(r"give ([\d.]+) to ([\d.]+)", str(refused.value)).groups())
+    plan(least)
+    plan(most)
+    with pytest.raises(ValueError, match=f"to {most}"):
+        plan(most + 0.001)
 
 
 CALIBRATIONS = {
