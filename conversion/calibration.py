@@ -28,8 +28,8 @@ class Tokens(NamedTuple):
 def random_tokens(source: Source | MoHGE, seed: int) -> Tokens:
     """Tokens for a check where no text is given: two sequences, in which an expert is chosen 8 times on average."""
     config, length = source.config, 16
-    if source.equivalent.sparse_layers:
-        length = max(length, 4 * source.equivalent.num_experts // source.equivalent.num_experts_per_tok)
+    for layer in source.equivalent.sparse_layers:
+        length = max(length, 4 * layer.num_experts // layer.num_experts_per_tok)
     size = (2, _at_most(config, length))
     generator = torch.Generator().manual_seed(seed)
     return Tokens(torch.randint(config.vocab_size, size, generator=generator), size[0], False)

@@ -247,6 +247,8 @@ class Decoder:
         found = self.feed_forwards[number]
         found.layer.load_state_dict(state, strict=True, assign=True)
         wide = {id(parameter) for parameter in found.module.parameters() if parameter.dim() > 1}
+        if found.router is not None:  # some round the states to the dtype of their weights
+            wide -= {id(parameter) for parameter in found.router.parameters()}
         for parameter in found.layer.parameters():
             if id(parameter) not in wide:
                 parameter.data = parameter.data.float()
@@ -402,14 +404,18 @@ class MoHGE(Decoder):
 
     def read_layer(self, number: int, state: dict[str, torch.Tensor]) -> LayerWeights:
         """See `Source.read_layer`."""
+        if number in self.config.mlp_only_layers:
+            return LayerWeights(dict(state), None)
         config, groups = self.config.per_layer_config[number], self._names_of_groups(number)
         stacks = [ExpertStacks(*map(state.get, names)) for names in groups]
         held = set().union(*groups)
         others = {name: tensor for name, tensor in state.items() if name not in held}
-        if len(others) == len(state):
-            return LayerWeights(others, None)
-        for group in set(range(config.num_groups)) - set(config.kept_groups):
+        if config.kept_groups:
             like = _expert(stacks[config.kept_groups[0]], 0)
+        else:
+            new = next(iter(others.values())).new_empty
+            like = Expert(new(0, config.hidden_size), new(0, config.hidden_size), new(config.hidden_size, 0))
+        for group in set(range(config.num_groups)) - set(config.kept_groups):
             stacks[group] = _empty_stacks(config.expert_counts[group], 0, like)
         return LayerWeights(
             others, lambda index: _expert(stacks[config.expert_groups[index]], config.expert_slots[index])

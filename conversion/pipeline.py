@@ -100,11 +100,11 @@ def _tokens(plan: Plan) -> Tokens:
     if plan.recipe.calibration is None:
         return random_tokens(plan.source, plan.recipe.seed)
     tokens = read_tokens(plan.recipe, plan.tokenizer, plan.source.config, plan.mode.observes)
-    fitted = tokens.ids[: -tokens.held_out].numel()
-    if plan.mode.observes and fitted < plan.target.config.num_experts:
-        raise ValueError(
-            f"`calibration_tokens` leaves {fitted} tokens for {plan.target.config.num_experts} experts: raise it"
-        )
+    if plan.mode.observes:
+        fitted = tokens.ids[: -tokens.held_out].numel()
+        experts = max(layer.num_experts for layer in plan.target.config.sparse_layers)
+        if fitted < experts:
+            raise ValueError(f"`calibration_tokens` leaves {fitted} tokens for {experts} experts: raise it")
     return tokens
 
 

@@ -158,7 +158,7 @@ class Survey:
         """Run all layers; the states between them stay where they are needed on the way back."""
         last = len(self.batches) - 1
         for number in self._bar(range(self.source.num_layers), "calibration, forward"):
-            if self.states.has(number + 1, last) or self._path(number).exists():
+            if self._path(number).exists() or (take is None and self.states.has(number + 1, last)):
                 continue
             with self._layer(number, take):
                 for batch in range(len(self.batches)):

@@ -192,16 +192,19 @@ class Split(Mode):
         per_neuron = 3 * config.hidden_size * config.num_hidden_layers
         experts = min(_EXPERTS, width // 4)
         rows = experts * (1 + min(1, _MOST * _CHOSEN)) / 3  # of the router, as neurons
+        least, most = 0.1 * width, width - (1 - _CHOSEN) * experts  # neurons that a token may use
+        # The range to name in a message; where tokens use few neurons, the router may come to have more rows.
+        low, high = (1 - (width - n - r) * per_neuron / before for n, r in ((least, 2 * experts / 3), (most, rows)))
         for _ in range(4):  # how many rows there are follows from how many neurons they leave
             used = width - (1 - kept) * before / per_neuron - rows
+            if not least <= used <= most:
+                raise ValueError(
+                    f"`keep_active` is {kept}: give {math.ceil(1000 * low) / 1000} to "
+                    f"{math.floor(1000 * high) / 1000}, so that beside the router a token uses {math.ceil(least)} to "
+                    f"{math.floor(most)} of the {width} neurons of a feed-forward"
+                )
             shared = max(0, round((used - _CHOSEN * width) / (1 - _CHOSEN)))
             each = min(-(-(width - shared) // experts), width // experts)  # up, or the shared expert might have it all
-            if used < 0.1 * width or width - shared < experts:
-                raise ValueError(
-                    f"`keep_active` is {kept}: beside the router that leaves a token {round(used)} of the {width} "
-                    f"neurons of a feed-forward; ask for what leaves {math.ceil(0.1 * width)} to "
-                    f"{math.floor(width - (1 - _CHOSEN) * experts)}"
-                )
             shared = width - each * experts
             self.used_L = self._budgets(used, shared, each)
             layers = [self._layer((n - shared) / each, each, experts) for n in self.used_L]

@@ -54,8 +54,14 @@ class Trim(Mode):
         for option, default in _DEFAULTS.items():
             if option not in refused and getattr(recipe, option) is None:
                 setattr(recipe, option, default)
-        if recipe.keep is not None:  # until the survey says more
-            return MoHGE(self.source.equivalent)
+        if recipe.budget == "work" and recipe.saliency == "magnitude":
+            raise ValueError(
+                "`budget` work counts where tokens go, and none are looked at here: leave out `saliency` magnitude"
+            )
+        if recipe.keep is not None and isinstance(self.source, MoHGE):  # until the survey says more
+            return MoHGE(self.source.config)
+        if recipe.keep is not None:
+            return self._regrouped(self._shape_of([self.source.experts.width], [self.source.experts.count]), {})
         counts = self.expert_counts(self.source.experts.count, len(recipe.widths))
         return self._regrouped({"moe_intermediate_sizes": recipe.widths, "num_experts_per_group": counts}, {})
 
@@ -63,13 +69,16 @@ class Trim(Mode):
         """The result, whose layers have this shape but where `per_layer` has another."""
         fields = shape | ({"per_layer_config": per_layer} if per_layer else {})
         if isinstance(self.source, MoHGE):
-            return MoHGE(MoHGEConfig.from_dict({**self.source.config.to_dict(), "per_layer_config": None, **fields}))
+            fields = {**self.source.config.to_dict(), "per_layer_config": None, **fields}
+            if self.source.config.router_type == "two_level" and self._is_flat:
+                fields["group_score_function"] = "expert_logsumexp"  # a router of one group has none for several
+            return MoHGE(MoHGEConfig.from_dict(fields))
         fields = routing_fields(self.source, self.recipe.router, len(shape["moe_intermediate_sizes"])) | fields
         for option, field in (("top_k", "num_experts_per_tok"), ("top_groups", "num_groups_per_tok")):
             value = getattr(self.recipe, option)
             if value is not None and fields["router_type"] == "source":
                 raise ValueError(f"`{option}` is the source's own where its router stays: leave it out")
-            if value is not None:
+            if value is not None and field not in shape:
                 fields[field] = value
         return self.mohge(**fields)
 
@@ -91,7 +100,7 @@ class Trim(Mode):
 
     @property
     def needs_calibration(self) -> bool:
-        return self.recipe.saliency != "magnitude" or self.recipe.budget == "work"
+        return self.recipe.saliency != "magnitude"
 
     @property
     def observes(self) -> bool:
@@ -143,11 +152,18 @@ class Trim(Mode):
             said["predicted loss"] = f"+{self._lost / 2 / self._tokens:.4f} nats per token, to second order"
         return said
 
+    @property
+    def _is_flat(self) -> bool:
+        """Whether no layer of a MoHGE model chooses by groups."""
+        return all(map(is_flat, self.source.config.sparse_layers))
+
     def _units(self, number: int) -> list[list[int]]:
         """The experts that must share a width."""
         if isinstance(self.source, MoHGE):
             config = self.source.config.per_layer_config[number]
-            if config.router_type in ("two_level", "grouped_top_k") and not is_flat(config):
+            scored = config.group_score_function != "expert_logsumexp"  # by a router that all layers have, or none
+            flat = self._is_flat if scored else is_flat(config)
+            if config.router_type in ("two_level", "grouped_top_k") and not flat:
                 groups = np.array(config.expert_groups)
                 return [np.flatnonzero(groups == group).tolist() for group in range(config.num_groups)]
         return [[expert] for expert in range(len(self.source.expert_widths(number)))]
@@ -173,14 +189,23 @@ class Trim(Mode):
         group_of = np.empty(sum(map(len, units)), dtype=int)
         for unit, group in zip(units, group_of_unit, strict=True):
             group_of[unit] = group
-        shape = {"moe_intermediate_sizes": list(map(int, distinct)), "num_experts_per_group": list(map(int, counts))}
+        shape = self._shape_of(list(map(int, distinct)), list(map(int, counts)))
         if isinstance(self.source, MoHGE):
             config = self.source.config.per_layer_config[number]
             shape["num_experts_per_tok"] = config.num_experts_per_tok
-            shape["num_groups_per_tok"] = config.num_groups_per_tok if together else len(distinct)
-        elif self.recipe.router == "two_level":
-            shape["num_groups_per_tok"] = len(distinct)
+            if together:
+                shape["num_groups_per_tok"] = config.num_groups_per_tok
         return shape, group_of
+
+    def _shape_of(self, widths: list[int], counts: list[int]) -> dict:
+        """Fields of a layer with these groups. As many of them are kept per token as there are, or were asked for, but
+        no fewer than hold the experts of a token: how large groups become is not for the user to choose."""
+        kept = len(widths) if self.recipe.top_groups is None else min(self.recipe.top_groups, len(widths))
+        if self.recipe.router == "two_level" and kept > 0:
+            chosen = self.recipe.top_k or self.source.config.num_experts_per_tok
+            while kept < len(widths) and sum(sorted(counts)[:kept]) < chosen:
+                kept += 1
+        return {"moe_intermediate_sizes": widths, "num_experts_per_group": counts, "num_groups_per_tok": kept}
 
     def observe(self, layer: Layer, weights: LayerWeights, run: Run) -> ExpertStatistics | None:
         if not self.observes:
@@ -215,9 +240,11 @@ class Trim(Mode):
             name = f"{layer.block}experts.expert_ids"
             before = tensors.get(name, torch.arange(len(origins)))
             return {**tensors, name: torch.tensor(origins).argsort()[before]}
-        group_of = self.group_of[layer.number]
+        group_of, of_groups = self.group_of[layer.number], f"{layer.block}gate.group_weight"
+        if self.target.config.group_score_function == "expert_logsumexp":
+            tensors.pop(of_groups, None)
         for name, tensor in tensors.items():
-            if name == f"{layer.block}gate.group_weight":
+            if name == of_groups:
                 groups = [group_of[unit[0]] for unit in self._units(layer.number)]
                 tensors[name] = tensor[np.argsort(groups, kind="stable")]
             elif name.startswith(f"{layer.block}gate."):  # one entry for each expert, some with another at the end

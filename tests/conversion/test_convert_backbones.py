@@ -106,13 +106,15 @@ def test_mixture(model_type, tmp_path):
     assert torch.isfinite(logits(load(tmp_path / "trimmed"), IDS)).all()
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "phimoe"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "minimax_m2", "phimoe"])
 def test_half_precision_is_run_in_float32(model_type, tmp_path):
-    """Matrices that are multiplied without a linear layer, and norms that want one dtype."""
+    """Matrices that are multiplied without a linear layer, norms that want one dtype, and routers that round what they
+    look at to their own."""
     AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.bfloat16).save_pretrained(
         tmp_path / "source"
     )
-    run(tmp_path / "source", tmp_path / "out", mode="regroup", experts_per_group=2)
+    plan = run(tmp_path / "source", tmp_path / "out", mode="regroup", experts_per_group=2)
+    assert_runs_by_layers(plan, load(tmp_path / "source").float())
     assert read_report(tmp_path / "out")["logits"]["relative_error_max"] < 1e-5
 
 

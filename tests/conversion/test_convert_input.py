@@ -26,6 +26,7 @@ from conversion_cases import (
 from model_cases import make_model
 from safetensors.torch import load_file, save_file
 
+from mohge.conversion import load_recipe, make_plan
 from mohge.info import parameter_counts
 
 
@@ -230,6 +231,23 @@ def test_bad_options(name, sources, tmp_path, capsys):
     source = tmp_path / "source"
     shutil.copytree(sources / kind, source)
     assert re.search(message, assert_refused([source, tmp_path / "out", *options], tmp_path, capsys))
+
+
+def test_kept_shares_in_reach(sources, tmp_path):
+    """The message names the least and the most, and both are taken."""
+
+    options = {"source": str(sources / "llama"), "output": str(tmp_path / "out"), "mode": "split"}
+
+    def plan(share):
+        make_plan(load_recipe(None, keep_active=share, **options))
+
+    with pytest.raises(ValueError, match="keep_active") as refused:
+        plan(0.1)
+    least, most = map(float, re.search(r"give ([\d.]+) to ([\d.]+)", str(refused.value)).groups())
+    plan(least)
+    plan(most)
+    with pytest.raises(ValueError, match=f"to {most}"):
+        plan(most + 0.001)
 
 
 CALIBRATIONS = {

@@ -1,8 +1,11 @@
 """The mathematics of calibration, against brute force over the tokens."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 
+from mohge.conversion import benchmark
 from mohge.conversion.decoders import Expert
 from mohge.conversion.modes.base import slice_neurons, widen
 from mohge.conversion.statistics import (
@@ -233,3 +236,10 @@ def test_elimination_without_refit_goes_by_saliency():
     assert torch.equal(order, saliency.argsort(descending=True))
     torch.testing.assert_close(lost[3], saliency.double()[order[3:]].sum())
     assert lost[W] == 0
+
+
+def test_the_benchmark_of_calibration_runs(tmp_path):
+    """And finds the states that the whole model has."""
+    sizes = {"hidden_size": 64, "width": 32, "layers": 2, "experts": 4, "tokens": 1024, "dtype": "float32"}
+    benchmark._make_source(Namespace(**sizes), tmp_path / "source")
+    benchmark._measure_calibration(tmp_path, Namespace(**sizes))

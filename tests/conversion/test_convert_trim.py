@@ -40,10 +40,16 @@ from mohge.conversion.saliency import Survey
 from mohge.conversion.statistics import LayerSaliency, eliminate
 
 
+OURS = {
+    **VARIANTS,
+    "one_group_in_one_layer": {"per_layer_config": {1: VARIANTS["one_group"] | {"num_groups_per_tok": 1}}},
+}
+
+
 def model_of(name: str, folder):
     """A checkpoint of a transformers model, or of one of ours."""
-    if name in VARIANTS:
-        make_model(**VARIANTS[name]).save_pretrained(folder)
+    if name in OURS:
+        make_model(**OURS[name]).save_pretrained(folder)
         return folder
     return make_source(name, folder)
 
@@ -227,9 +233,12 @@ def kept_neurons(folder, source_folder):
         ("qwen2_moe", []),
         ("two_level", []),
         ("top_p", []),
+        ("one_group", []),
+        ("one_group_in_one_layer", []),
         ("grouped_top_k", []),
         ("mixture", []),
         ("removed_experts", []),
+        ("removed_experts_of_one_layer", []),
     ],
 )
 def test_without_refit_the_rest_computes_what_it_did(name, options, tmp_path):
@@ -258,7 +267,7 @@ def test_without_refit_the_rest_computes_what_it_did(name, options, tmp_path):
     before = AutoConfig.from_pretrained(source)
     for layer in sparse_layers(config):
         widths = config.per_layer_config[layer].moe_intermediate_sizes
-        groups = len(before.per_layer_config[layer].moe_intermediate_sizes) if name in VARIANTS else 0
+        groups = len(before.per_layer_config[layer].moe_intermediate_sizes) if name in OURS else 0
         assert len(set(widths)) <= max(3, groups)
     report = read_report(out)
     assert report["calibration"] is None
@@ -350,6 +359,23 @@ def test_an_interrupted_survey_goes_on(tmp_path, monkeypatch):
     assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("saliency", ["gradient", "contribution"])
+def test_a_survey_that_stopped_before_it_wrote_what_a_layer_has_lost(saliency, tmp_path, monkeypatch):
+    source, rows = make_source("olmoe", tmp_path / "source"), calibration(tmp_path / "rows.jsonl")
+    options = ["--mode", "trim", "--keep", "0.5", "--multiple", "4", "--saliency", saliency, *rows]
+
+    def stop(*arguments):
+        raise RuntimeError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mohge.conversion.saliency.save_file", stop)
+        with pytest.raises(RuntimeError, match="no more"):
+            convert(source, tmp_path / "out", *options)
+    for out in ("out", "whole"):
+        assert convert(source, tmp_path / out, *options) == 0
+    assert_same_tensors(tensors(tmp_path / "out"), tensors(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -357,8 +383,13 @@ def test_an_interrupted_survey_goes_on(tmp_path, monkeypatch):
         ("olmoe", ["--keep", "0.5", "--widths", "4,8"], "one of the two"),
         ("olmoe", ["--keep", "0.5", "--experts-per-group", "2"], "`experts_per_group`"),
         ("olmoe", ["--widths", "4,8", "--multiple", "4"], "`multiple`"),
+        ("olmoe", ["--keep", "0.5", "--top-k", "2"], "`top_k` is the source's own"),
+        ("olmoe", ["--keep", "0.5", "--router", "top_p"], "`router` top_p"),
+        ("olmoe", ["--keep", "0.5", "--router", "two_level", "--top-k", "9"], "`top_k` is 9"),
+        ("olmoe", ["--keep", "0.5", "--router", "two_level", "--top-groups", "0"], "`top_groups` is 0"),
         ("olmoe", ["--keep", "1.5"], "`keep` is 1.5"),
         ("olmoe", ["--keep", "nan"], "`keep` is nan"),
+        ("olmoe", ["--keep", "0.5", "--budget", "work", "--saliency", "magnitude"], "leave out `saliency` magnitude"),
         ("olmoe", ["--keep", "0.5", "--groups", "0"], "`groups` is 0"),
         ("two_level", ["--keep", "0.5", "--top-k", "2"], "`top_k`"),
         ("two_level", ["--widths", "4,8"], "use `keep`"),
@@ -367,6 +398,24 @@ def test_an_interrupted_survey_goes_on(tmp_path, monkeypatch):
 def test_options_that_contradict_each_other(kind, options, message, tmp_path, capsys):
     source = model_of(kind, tmp_path / "source")
     assert message in assert_refused([source, tmp_path / "out", "--mode", "trim", *options], tmp_path, capsys)
+
+
+@pytest.mark.parametrize(("top_k", "top_groups"), [(1, 2), (3, 1)])
+def test_groups_per_token_of_layers_that_differ(top_k, top_groups, tmp_path):
+    """As many as asked for, of those that there are; more where the smallest would not hold the experts of a token."""
+
+    def change(model):
+        model.model.layers[0].mlp.experts.down_proj[1:] *= 1e-3
+
+    source = make_source("olmoe", tmp_path / "source", change=change)
+    options = ["--keep", "0.4", "--saliency", "magnitude", "--multiple", "2", "--router", "two_level"]
+    options += ["--top-k", top_k, "--top-groups", top_groups]
+    assert convert(source, tmp_path / "out", "--mode", "trim", *options) == 0
+    layers = AutoConfig.from_pretrained(tmp_path / "out").sparse_layers
+    assert len({str(layer.moe_intermediate_sizes) for layer in layers}) > 1
+    for layer in layers:
+        least = np.searchsorted(np.cumsum(sorted(layer.expert_counts)), top_k) + 1
+        assert layer.num_groups_per_tok == min(max(least, top_groups), layer.num_groups)
 
 
 def test_a_text_that_is_always_there(tmp_path):
