@@ -383,7 +383,7 @@ def make_task(options: argparse.Namespace):
         "doc_to_choice": "{{c}}",
         "doc_to_target": "{{a}}",
         "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (options.output / "continuation.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
 
