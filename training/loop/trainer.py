@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
-from mohge.loading import find_not_finite, local_tensor
+from mohge.loading import find_not_finite, local_tensor, reason_against_keys
 from mohge.losses_mohge import at_least_one, targets_per_sequence
 from mohge.model_cards.folder import check_folder
 from mohge.model_cards.writing import write_file
@@ -396,6 +396,18 @@ class MoHGETrainer(Trainer):
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result):
+        # Trainer warns and goes on with whatever the model began with, and warns of tied weights, which are saved once.
+        tied = base_model(self.model).all_tied_weights_keys or {}
+        found = {
+            "missing_keys": [name for name in load_result.missing_keys if name not in tied],
+            "unexpected_keys": load_result.unexpected_keys,
+            "mismatched_keys": [],  # which torch refuses
+        }
+        reason = reason_against_keys(found)
+        if reason is not None:
+            raise RuntimeError(reason.format(place="it"))  # `reading` says which checkpoint, and what to do
+
     def _load_rng_state(self, checkpoint):
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
@@ -428,10 +440,11 @@ class MoHGETrainer(Trainer):
         return finished
 
     def _load_best_model(self):
-        if isinstance(self.model, MoHGEForCausalLM) and self.is_distributed_loading_by_transformers:
-            load_sharded_weights(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        with reading(self.state.best_model_checkpoint):
+            if isinstance(self.model, MoHGEForCausalLM) and self.is_distributed_loading_by_transformers:
+                load_sharded_weights(self.model, self.state.best_model_checkpoint)
+            else:
+                super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
