@@ -86,7 +86,8 @@ def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[s
     if own.merge is not None:
         return _merge(training.output_dir, own) if training.should_save else 0
     folder = training.output_dir
-    way = f"finetune --model {folder} --merge FOLDER" if adapters else f'generate {folder} "PROMPT"'
+    merges = adapters and not is_quantized(config)
+    way = f"finetune --model {folder} --merge FOLDER" if merges else f'generate {folder} "PROMPT"'
     print_written(training, f"mohge {way}")
     return 0
 

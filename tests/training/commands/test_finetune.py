@@ -162,6 +162,23 @@ def test_a_folder_that_another_command_makes_is_refused(kind, place, adapter, tm
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
+def test_an_adapter_is_read_by_other_commands_as_the_model_that_it_makes(place, adapter, tmp_path, capsys, recwarn):
+    assert finetune(place, "unused", data=None, model=adapter, merge=tmp_path / "merged") == 0
+    capsys.readouterr()
+    said = {}
+    for model in (place / adapter, tmp_path / "merged"):
+        assert main(["generate", str(model), "one plus", "--temperature=0", "--max-new-tokens=8"]) == 0
+        assert main(["eval", str(model), "--datasets", str(place / "text.txt"), "--sequence-length=32"]) == 0
+        said[model] = capsys.readouterr().out.replace(str(model), "MODEL")
+    assert len({*said.values()}) == 1, said
+    assert not [str(warning.message) for warning in recwarn if "base_model_name_or_path" in str(warning.message)]
+    shutil.copytree(place / adapter, tmp_path / "broken")
+    save_file({}, tmp_path / "broken" / "adapter_model.safetensors", {"format": "pt"})
+    for command in (["generate", str(tmp_path / "broken"), "one"], ["eval", str(tmp_path / "broken"), "--datasets=."]):
+        assert main(command) == 2
+        assert "adapter_model.safetensors lacks the tensor" in capsys.readouterr().err
+
+
 def test_a_merge_that_rounds_the_adapter_away_fails_and_leaves_the_adapter(tmp_path, capsys):
     make_workplace(tmp_path, dtype=torch.bfloat16)
     assert finetune(tmp_path, "lora", lora_rank=2, lora_targets="experts", max_steps=2) == 0
@@ -324,6 +341,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(place, flags, messa
     assert message in error
     assert not (place / "refused").exists()
     assert not (place / "new").exists()
+
+
+def test_a_run_without_an_entry_in_its_log_says_its_loss(place, capsys):
+    assert finetune(place, "silent", max_steps=2, logging_steps=500) == 0
+    assert re.match(r"step 2/2  mean loss \d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_conversations_that_are_all_too_long_are_refused(place, capsys):
