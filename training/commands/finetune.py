@@ -25,7 +25,7 @@ from mohge.model_cards.shipped import load_config
 from mohge.model_cards.writing import write_file
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, read_rows
-from mohge.training.data.sources import parse_sources
+from mohge.training.data.sources import absolute, parse_sources
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.tuning.distillation import DistillationLoss, load_teacher
 from mohge.training.tuning.lora import known_patterns, lora_config
@@ -222,7 +222,7 @@ def _model(
     if own.quantize is not None:
         quantization = _quantization()
         options["quantization_config"] = quantization.expert_quantization(config, own.quantize, own.quantize_min_width)
-    model = load_model(own.model, **options)
+    model = load_model(absolute(own.model), **options)  # by which an adapter names it
     if getattr(model, "hf_quantizer", None) is not None:
         _quantization().allow_adapters(model)
     if adapters is None:

@@ -1,9 +1,11 @@
 """`mohge finetune` on a small model: all weights, adapters, conversations, merging."""
 
+import json
 import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,9 +345,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(place, flags, messa
     assert not (place / "new").exists()
 
 
-def test_a_run_without_an_entry_in_its_log_says_its_loss(place, capsys):
-    assert finetune(place, "silent", max_steps=2, logging_steps=500) == 0
+def test_a_run_without_an_entry_in_its_log_says_its_loss_and_its_adapter_where_its_base_is(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert finetune(Path(), "silent", max_steps=2, logging_steps=500, lora_rank=2) == 0
     assert re.match(r"step 2/2  mean loss \d+\.\d+\n", capsys.readouterr().out)
+    adapter = json.loads((place / "silent" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(place / "base")
 
 
 def test_conversations_that_are_all_too_long_are_refused(place, capsys):
