@@ -7,7 +7,6 @@ and `--model MODEL --quantize int8 --output_dir FOLDER` quantises a model's expe
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from mohge.training.data.packing import check_sequence_length, collate_packed, p
 from mohge.training.data.sources import absolute, parse_sources
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.tuning.distillation import DistillationLoss, load_teacher
-from mohge.training.tuning.lora import known_patterns, lora_config
+from mohge.training.tuning.lora import ignore_deprecation, known_patterns, lora_config
 from mohge.training.tuning.merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
 
 from .recipe import (
@@ -55,8 +54,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: if arguments contradict each other, the model or the data.
         OSError: if a file cannot be read, or a folder to create exists.
     """
-    # PEFT and TRL read it; nobody who runs this can change that.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    ignore_deprecation()
     (own, training), given = parse_recipe(
         "mohge finetune", __doc__, [FinetuneArguments, TrainingArguments], options.arguments
     )

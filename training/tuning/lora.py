@@ -65,10 +65,16 @@ def _rounded(value: Fraction) -> int:
     return max(1, int(value + Fraction(1, 2))) if value else 0
 
 
+def ignore_deprecation():
+    """Ignores that PEFT and TRL read what transformers will remove: nobody who runs them can change that."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 @contextmanager
 def known_patterns() -> Iterator[None]:
     """Silences peft's warning that ranks match nothing: it looks among modules, and these are of parameters."""
     with warnings.catch_warnings():
+        ignore_deprecation()
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match")
         yield
 
@@ -215,4 +221,7 @@ def _stacks(prefix: str, ranks: list[int]) -> Iterator[tuple[str, int]]:
             yield f"{prefix}.{projection}_{group}", rank
 
 
-__all__ = ["base_name", "group_ranks", "known_patterns", "load_adapted", "lora_config", "read_adapter"]
+__all__ = [
+    *("base_name", "group_ranks", "ignore_deprecation", "known_patterns", "load_adapted"),
+    *("lora_config", "read_adapter"),
+]

@@ -165,6 +165,8 @@ def test_a_folder_that_another_command_makes_is_refused(kind, place, adapter, tm
 
 
 def test_an_adapter_is_read_by_other_commands_as_the_model_that_it_makes(place, adapter, tmp_path, capsys, recwarn):
+    assert main(["generate", str(place / adapter), "one", "--max-new-tokens=1"]) == 0
+    assert not [str(warning.message) for warning in recwarn if "is_gradient_checkpointing" in str(warning.message)]
     assert finetune(place, "unused", data=None, model=adapter, merge=tmp_path / "merged") == 0
     capsys.readouterr()
     said = {}
