@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -18,6 +19,10 @@ _MAPPINGS = {
     "rope_scaling": 'the rotary embedding\'s, such as {"rope_type": "default", "rope_theta": 10000.0}',
     "quantization_config": "those of a quantisation that transformers knows",
 }
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("head_dim", "max_position_embeddings"),
+)
 _NUMBERS_OF_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
@@ -81,6 +86,23 @@ def check_finite(config: PreTrainedConfig):
             raise ValueError(f"`{name}` is {value}: give finite numbers")
 
 
+def check_backbone(config: PreTrainedConfig):
+    """
+    Check what a backbone's config takes, and its model fails at in words that name no field.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in _SIZES:
+        value = vars(config).get(name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"`{name}` is {value}: it must be at least 1")
+    for name in ("hidden_act", "hidden_activation"):
+        value = vars(config).get(name)
+        if isinstance(value, str) and value not in ACT2FN:
+            raise ValueError(f'`{name}` is {value!r}, which transformers does not have: give one such as "silu"')
+
+
 def _is_finite(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
@@ -89,4 +111,4 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, list | tuple) or all(map(_is_finite, value))
 
 
-__all__ = ["MAX_EXPERTS", "check_finite", "check_form", "value_errors"]
+__all__ = ["MAX_EXPERTS", "check_backbone", "check_finite", "check_form", "value_errors"]

@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .backbones_mohge import is_mixture, layers_without_experts
-from .checks_mohge import MAX_EXPERTS, check_finite, check_form, value_errors
+from .checks_mohge import MAX_EXPERTS, check_backbone, check_finite, check_form, value_errors
 
 
 ROUTER_COEFFICIENTS = {
@@ -259,12 +259,12 @@ class MoHGEConfig(PreTrainedConfig):
         """Refuse a field that nothing here has, and whose name is almost that of one: transformers keeps whatever it
         is given, and would say nothing."""
         inherited = {*PreTrainedConfig.__dataclass_fields__, *_fields_of(self.backbone_config.model_type)}
-        own = type(self).__dataclass_fields__.keys() - inherited
+        own = type(self).__dataclass_fields__.keys() - inherited | _DERIVED_FIELDS.keys()
         for name in sorted(fields.keys() - inherited - _DERIVED_FIELDS.keys()):
             # Backbones have many fields, and other models some that differ from them in a letter or two.
             near = difflib.get_close_matches(name, own, 1, 0.87) or difflib.get_close_matches(name, inherited, 1, 0.95)
             if near:
-                raise ValueError(f"`{name}` is no field: did you mean `{near[0]}`?")
+                raise ValueError(f"`{name}` is no field: did you mean `{_DERIVED_FIELDS.get(near[0], near[0])}`?")
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -467,9 +467,10 @@ class MoHGEConfig(PreTrainedConfig):
         """See `RotaryEmbeddingConfigMixin.validate_rope`."""
 
     def validate_numbers(self):
-        """Check that no number is NaN or infinite, of the backbone neither."""
+        """Check that no number is NaN or infinite, and that those of the backbone make a model."""
         check_finite(self)
         check_finite(self.backbone_config)
+        check_backbone(self.backbone_config)
 
     def validate_experts(self):
         """Check the fields that shape the expert groups."""

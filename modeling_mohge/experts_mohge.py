@@ -107,7 +107,8 @@ def mohge_forward(
     experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """
-    The kernels of `mohge_kernels`; `grouped_mm_forward` where there are none, with one warning that says why.
+    The kernels of `mohge_kernels`; `grouped_mm_forward` where there are none, with one warning that says why, and
+    without one where somebody has quantised the experts.
 
     `"mohge_prepacked"` is for inference on CPU: with copies of the weights in oneDNN's own layout, which take the
     memory of the experts once more. They are made in evaluation mode without gradients, and made anew when a weight
@@ -117,7 +118,8 @@ def mohge_forward(
     dtype = compute_dtype(hidden_states, gate_up[0])
     reason = _reason_against_kernels(experts, gate_up + down, dtype)
     if reason is not None:
-        if not is_torchdynamo_compiling():
+        quantized = getattr(experts.config, "quantization_config", None) is not None
+        if not quantized and not is_torchdynamo_compiling():
             logger.warning_once(
                 f'`experts_implementation="{experts.config._experts_implementation}"`: {reason}. "grouped_mm" runs '
                 "instead; ask for it to silence this."

@@ -23,7 +23,13 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*vars(sys.modules[package]), *modules})
+        # Its modules too, but not what it has imported from elsewhere.
+        own = {
+            name
+            for name, value in vars(sys.modules[package]).items()
+            if name.startswith("__") or getattr(value, "__name__", "").startswith(f"{package}.")
+        }
+        return sorted({*own, *modules})
 
     return __getattr__, __dir__
 

@@ -1,6 +1,6 @@
 """Models from disk or from the Hub, with every weight that they have to have."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -45,6 +45,16 @@ def load_model(name: str | Path, **kwargs) -> MoHGEForCausalLM:
 
 
 def _reason_against(model: MoHGEForCausalLM, found: dict) -> str | None:
+    reason = reason_against_keys(found)
+    if reason is not None:
+        return reason
+    name = find_not_finite(dict(chain(model.named_parameters(), model.named_buffers())))
+    return None if name is None else f"`{name}` of {{place}} is not finite"
+
+
+def reason_against_keys(found: Mapping[str, Iterable[str | tuple]]) -> str | None:
+    """What is wrong with weights of which keys were `found` missing, left over or mismatched, with `{place}` where it
+    is to say where they are; None if nothing is."""
     for problem, says in (
         ("missing_keys", "{place} lacks the weight"),
         ("unexpected_keys", "{place} has a weight that its config has no place for,"),
@@ -53,8 +63,7 @@ def _reason_against(model: MoHGEForCausalLM, found: dict) -> str | None:
         if found[problem]:
             names = sorted(key if isinstance(key, str) else key[0] for key in found[problem])
             return f"{says} {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    name = find_not_finite(dict(chain(model.named_parameters(), model.named_buffers())))
-    return None if name is None else f"`{name}` of {{place}} is not finite"
+    return None
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,4 +81,4 @@ def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name, flag in zip(tensors, flags, strict=True) if not flag), None)
 
 
-__all__ = ["find_not_finite", "load_model", "local_tensor"]
+__all__ = ["find_not_finite", "load_model", "local_tensor", "reason_against_keys"]

@@ -133,6 +133,11 @@ class MoHGEPreTrainedModel(PreTrainedModel):
         return _blank, (self._generic, self._source), self.__dict__
 
     def __init__(self, config: MoHGEConfig):
+        if getattr(config, "model_type", None) != MoHGEConfig.model_type:
+            raise ValueError(
+                f"{type(self).__name__} takes a MoHGEConfig, not {type(config).__name__}: give one, with that as its "
+                "`backbone_config` if it is the config of another model"
+            )
         backbone_config = config.backbone_config
         super().__init__(backbone_config)
         self.config, self.name_or_path = config, config.name_or_path
@@ -348,6 +353,13 @@ class MoHGEPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; the default is `"mohge"`."""
         return super().get_correct_experts_implementation(requested_experts or "mohge")
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """See `PreTrainedModel.set_attn_implementation`."""
+        if isinstance(attn_implementation, str):  # or else that warns that it finds no model of the backbone's config
+            chosen = self._check_and_adjust_attn_implementation(attn_implementation, is_init_check=False, **kwargs)
+            self.config.backbone_config._attn_implementation_internal = chosen
+        super().set_attn_implementation(attn_implementation, **kwargs)
 
     def set_experts_implementation(self, experts_implementation: str | dict):
         """See `PreTrainedModel.set_experts_implementation`."""

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from conversion_cases import make_source
 from model_cases import make_model
+from transformers import LlamaConfig
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 import mohge
 from mohge import MoHGEConfig
@@ -16,7 +19,10 @@ from mohge.training.loop.trainer import MoHGETrainer
 def test_names_are_there_and_listed():
     assert mohge.__version__ == version("mohge")
     assert mohge.MoHGETrainer is MoHGETrainer
+    listed = [name for name in dir(mohge) if not name.startswith("_")]
     assert {*mohge.__all__} <= {*dir(mohge)}
+    assert not {"Path", "TYPE_CHECKING", "find_spec", "lazy_names", "sys"} & {*listed}
+    assert "training" in listed
     assert all(hasattr(mohge, name) for name in mohge.__all__)
     assert Path(mohge.__file__).with_name("py.typed").is_file()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -63,6 +69,19 @@ def test_printed_model_shows_router_groups_and_widths():
     assert "top_k, top_k=3, experts x width" in str(make_model(router_type="top_k"))
 
 
+def test_attention_is_chosen_for_model_and_backbone_without_a_word():
+    model = make_model()
+    with CaptureLogger(logging.get_logger("transformers")) as said:
+        for name in ("eager", "sdpa"):
+            model.set_attn_implementation(name)
+            assert model.config._attn_implementation == name
+            assert model.model.layers[0].self_attn.config._attn_implementation == name
+        with pytest.raises(ValueError, match="nonsense"):
+            model.set_attn_implementation("nonsense")
+    assert said.out == ""
+    assert model.config.backbone_config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("field", "meant"),
     [
@@ -70,6 +89,8 @@ def test_printed_model_shows_router_groups_and_widths():
         ("router_typ", "router_type"),
         ("moe_intermediate_sizs", "moe_intermediate_sizes"),
         ("num_attention_head", "num_attention_heads"),
+        ("num_expert", "num_experts_per_group"),
+        ("moe_intermediat_size", "moe_intermediate_sizes"),
     ],
 )
 def test_field_that_is_almost_one_is_refused_with_its_name(field, meant):
@@ -77,6 +98,13 @@ def test_field_that_is_almost_one_is_refused_with_its_name(field, meant):
         MoHGEConfig(**{field: 2})
     with pytest.raises(ValueError, match=meant):
         MoHGEConfig.from_dict({"model_type": "mohge", field: 2})
+
+
+def test_model_of_another_config_is_refused_with_the_way_to_it():
+    with pytest.raises(
+        ValueError, match=r"MoHGEForCausalLM takes a MoHGEConfig, not LlamaConfig: .*`backbone_config`"
+    ):
+        mohge.MoHGEForCausalLM(LlamaConfig())
 
 
 def test_fields_that_transformers_and_others_pass_through_are_kept():
@@ -104,6 +132,11 @@ def test_fields_that_transformers_and_others_pass_through_are_kept():
         {"router_type": "tow_level"},
         {"routed_scaling_factor": []},
         {"num_groups_per_tok": 99},
+        {"vocab_size": -1},
+        {"num_hidden_layers": 0},
+        {"head_dim": -4},
+        {"max_position_embeddings": 0},
+        {"hidden_act": "sulu"},
     ],
     ids=str,
 )

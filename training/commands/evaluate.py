@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     file = _output_file(options)
     _read_results(file)  # before anything is computed
     length = check_sequence_length(options.sequence_length, config)
-    model, tokenizer = load_on_device(options)
+    model, tokenizer = load_on_device(options, config)
 
     new, statistics = [], None
     for task, metrics in _evaluate_tasks(model, tokenizer, options).items():

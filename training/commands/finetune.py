@@ -7,7 +7,6 @@ and `--model MODEL --quantize int8 --output_dir FOLDER` quantises a model's expe
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from mohge.model_cards.shipped import load_config
 from mohge.model_cards.writing import write_file
 from mohge.training.data.conversations import check_template, has_conversations, read_conversations
 from mohge.training.data.packing import check_sequence_length, collate_packed, packed_blocks, read_rows
-from mohge.training.data.sources import parse_sources
+from mohge.training.data.sources import absolute, parse_sources
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.tuning.distillation import DistillationLoss, load_teacher
-from mohge.training.tuning.lora import known_patterns, lora_config
+from mohge.training.tuning.lora import ignore_deprecation, known_patterns, lora_config
 from mohge.training.tuning.merge import ADAPTER_CONFIG, check_merge, is_quantized, merge_adapter
 
 from .recipe import (
@@ -55,8 +54,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: if arguments contradict each other, the model or the data.
         OSError: if a file cannot be read, or a folder to create exists.
     """
-    # PEFT and TRL read it; nobody who runs this can change that.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    ignore_deprecation()
     (own, training), given = parse_recipe(
         "mohge finetune", __doc__, [FinetuneArguments, TrainingArguments], options.arguments
     )
@@ -86,7 +84,8 @@ def _finetune(own: FinetuneArguments, training: TrainingArguments, given: dict[s
     if own.merge is not None:
         return _merge(training.output_dir, own) if training.should_save else 0
     folder = training.output_dir
-    way = f"finetune --model {folder} --merge FOLDER" if adapters else f'generate {folder} "PROMPT"'
+    merges = adapters and not is_quantized(config)
+    way = f"finetune --model {folder} --merge FOLDER" if merges else f'generate {folder} "PROMPT"'
     print_written(training, f"mohge {way}")
     return 0
 
@@ -221,7 +220,7 @@ def _model(
     if own.quantize is not None:
         quantization = _quantization()
         options["quantization_config"] = quantization.expert_quantization(config, own.quantize, own.quantize_min_width)
-    model = load_model(own.model, **options)
+    model = load_model(absolute(own.model), **options)  # by which an adapter names it
     if getattr(model, "hf_quantizer", None) is not None:
         _quantization().allow_adapters(model)
     if adapters is None:

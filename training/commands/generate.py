@@ -80,11 +80,12 @@ class _Writer:
             value = getattr(options, name)
             if value is not None and not fits(value):
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
-        self.context = config_with_weights(options.model).max_position_embeddings
+        config = config_with_weights(options.model)
+        self.context = config.max_position_embeddings
         self.options = options
         self.model: MoHGEForCausalLM
         self.tokenizer: PreTrainedTokenizerBase
-        self.model, self.tokenizer = load_on_device(options)
+        self.model, self.tokenizer = load_on_device(options, config)
         if options.seed is not None:
             set_seed(options.seed)
 

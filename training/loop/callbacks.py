@@ -151,8 +151,8 @@ class StopSignalCallback(TrainerCallback):
 class LogLineCallback(TrainerCallback):
     """
     Prints a line for each entry of a [`MoHGETrainer`]'s log, in place of the dictionary that `Trainer` prints, and no
-    progress bar: step, loss, perplexity, tokens per second since the line before, time left, and balance, as the
-    largest load of an expert over the mean, minus 1 (`max_vio`).
+    progress bar: step, loss, perplexity, tokens per second of training, time left, and balance, as the largest load of
+    an expert over the mean, minus 1 (`max_vio`). A run that is shorter than `logging_steps` says its mean loss.
 
     Args:
         trainer ([`MoHGETrainer`]): The trainer that it is added to, from which it takes the callbacks that print.
@@ -164,28 +164,28 @@ class LogLineCallback(TrainerCallback):
             trainer.remove_callback(printing)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._began = self._last = time.perf_counter()
-        self._first_step = state.global_step
+        self._began, self._first_step, self._has_said = time.perf_counter(), state.global_step, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero:
             return
         evaluated = "eval_loss" in logs
         loss = logs.get("eval_loss", logs.get("lm_loss", logs.get("loss")))
-        if loss is None:
-            return  # the summary of the whole run, which its figures are in
+        if loss is None:  # the summary of the whole run, which its figures are in
+            if not self._has_said and "train_loss" in logs:
+                print(f"step {state.global_step}/{state.max_steps}  mean loss {logs['train_loss']:.4g}", flush=True)
+            return
         parts = [f"step {state.global_step}/{state.max_steps}"]
         parts += [f"{'held-out ' if evaluated else ''}loss {loss:.4g}", f"perplexity {math.exp(min(loss, 700)):,.4g}"]
         if not evaluated:
-            now = time.perf_counter()
-            if self._trainer.logged_tokens:
-                parts.append(f"{self._trainer.logged_tokens / (now - self._last):,.0f} tokens/s")
-            left = (now - self._began) / max(state.global_step - self._first_step, 1)
+            if self._trainer.logged_speed is not None:
+                parts.append(f"{self._trainer.logged_speed:,.0f} tokens/s")
+            left = (time.perf_counter() - self._began) / max(state.global_step - self._first_step, 1)
             left = timedelta(seconds=round(left * (state.max_steps - state.global_step)))
             parts.append(f"{left} left")
             if "router/max_vio" in logs:
                 parts.append(f"max_vio {logs['router/max_vio']:.2f}")
-            self._last = now
+            self._has_said = True
         print("  ".join(parts), flush=True)
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_l
 from transformers.utils import CONFIG_NAME, logging
 
 from mohge import MoHGEForCausalLM, MoHGEForSequenceClassification, MoHGEForTokenClassification
-from mohge.loading import find_not_finite, local_tensor
+from mohge.loading import find_not_finite, local_tensor, reason_against_keys
 from mohge.losses_mohge import at_least_one, targets_per_sequence
 from mohge.model_cards.folder import check_folder
 from mohge.model_cards.writing import write_file
@@ -98,8 +98,9 @@ class MoHGETrainer(Trainer):
             self.label_smoother = self._with_router_losses(self.label_smoother)
         if self.compute_loss_func is not None:
             self.compute_loss_func = self._with_router_losses(self.compute_loss_func)
-        self.logged_tokens = 0.0
-        """Tokens that the newest entry of the log is about, of all ranks on the first one."""
+        self.logged_speed: float | None = None
+        """Tokens per second, of all ranks, in the steps that the newest entry of the log is about; None where that is
+        not known, as of a run that has gone on within them."""
         self._start_sums()
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # loss and targets of an evaluation
         config = base_model(self.model).config
@@ -169,14 +170,14 @@ class MoHGETrainer(Trainer):
             return super().log(logs, start_time)
         self._check_finite(weights=False)
         logs.update(self._figures(steps=self.state.global_step - self._first_step))
-        self.logged_tokens = 0 if self._statistics is None else float(self._statistics.tokens)
-        load = self._statistics.counts if self._statistics is not None and self._statistics.tokens > 0 else None
-        began = self._began
+        tokens = 0.0 if self._statistics is None else float(self._statistics.tokens)
+        load = self._statistics.counts if tokens else None
+        known = tokens and self._began is not None
+        self.logged_speed = tokens / (time.perf_counter() - self._began) if known else None
         self._start_sums()
         super().log(logs, start_time)
-        if self.logged_tokens and began is not None:  # in the record only: no two runs have the same
-            speed = self.logged_tokens / (time.perf_counter() - began)
-            self.state.log_history[-1]["tokens_per_second"] = round(speed, 1)
+        if self.logged_speed is not None:  # in the record only: no two runs have the same
+            self.state.log_history[-1]["tokens_per_second"] = round(self.logged_speed, 1)
         if load is not None:  # in the record only: reports take numbers
             self._record_load([[round(count) for count in layer.tolist()] for layer in load])
 
@@ -282,7 +283,10 @@ class MoHGETrainer(Trainer):
             self._checkpoint_waits = False
         elif control.should_save and (state.epoch.is_integer() or state.global_step >= state.max_steps):
             control.should_save, self._checkpoint_waits = False, True
+        before = time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self._began is not None:  # what is no training is left out of its speed
+            self._began += time.perf_counter() - before
 
     def _get_output_dir(self, trial):
         return self._staging or super()._get_output_dir(trial)
@@ -396,6 +400,18 @@ class MoHGETrainer(Trainer):
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result):
+        # Trainer warns and goes on with what the model began with, and warns of tied weights, which are saved once.
+        tied = base_model(self.model).all_tied_weights_keys or {}
+        found = {
+            "missing_keys": [name for name in load_result.missing_keys if name not in tied],
+            "unexpected_keys": load_result.unexpected_keys,
+            "mismatched_keys": [],  # which torch refuses
+        }
+        reason = reason_against_keys(found)
+        if reason is not None:
+            raise RuntimeError(reason.format(place="it"))  # `reading` says which checkpoint, and what to do
+
     def _load_rng_state(self, checkpoint):
         with reading(checkpoint):
             super()._load_rng_state(checkpoint)
@@ -428,10 +444,11 @@ class MoHGETrainer(Trainer):
         return finished
 
     def _load_best_model(self):
-        if isinstance(self.model, MoHGEForCausalLM) and self.is_distributed_loading_by_transformers:
-            load_sharded_weights(self.model, self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        with reading(self.state.best_model_checkpoint):
+            if isinstance(self.model, MoHGEForCausalLM) and self.is_distributed_loading_by_transformers:
+                load_sharded_weights(self.model, self.state.best_model_checkpoint)
+            else:
+                super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:

@@ -6,6 +6,7 @@ whatever the backbone. For the kernels that MoHGE models use by default, and att
 scores (sdpa, flash). What router losses keep is left out: a few numbers per expert at most.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AttentionInterface
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.backbones_mohge import feed_forwards
+from mohge.configuration_mohge import ROUTER_COEFFICIENTS
 from mohge.info import model_without_memory
 
 
@@ -66,6 +68,9 @@ def run_without_memory(config: MoHGEConfig, dtype: torch.dtype) -> tuple[MoHGEFo
         the bytes per token that each decoder layer keeps, routed experts left out, and at last those that everything
         around the layers keeps, logits left out.
     """
+    config = copy.deepcopy(config)
+    for name in ROUTER_COEFFICIENTS.values():
+        setattr(config, name, 0.0)
     model = model_without_memory(config).to(dtype).train()
     model.set_attn_implementation("mohge_placement")
     layers = feed_forwards(model)

@@ -7,20 +7,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import CONFIG_NAME
 
 from mohge import MoHGEConfig
 from mohge.conversion.tokenizer import required_tokenizer
 from mohge.info import Routing
-from mohge.loading import load_model
-from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, read_json
+from mohge.model_cards.folder import read_json
 from mohge.model_cards.records import recorded_routings
 from mohge.model_cards.shipped import load_config
 
 from ..data.packing import batches, packed_blocks
 from ..data.sources import parse_sources
 from ..loop.traffic import RouterTraffic
-from ..tuning.lora import known_patterns, read_adapter
+from ..tuning.lora import base_name, load_adapted
 from .measure import RoutingEvaluation, evaluate_routing
 
 
@@ -63,7 +61,7 @@ def read_record(source: str) -> Record:
     states = [(place, _read_state(place)) for place in places if (place / TRAINER_STATE_NAME).is_file()]
     # A finished run that is trained further has a state of its own, older than the checkpoints beside it.
     model, state = max(states, key=lambda entry: entry[1]["global_step"], default=(folder, {"log_history": []}))
-    config = load_config(_base_model(model))
+    config = load_config(base_name(model))
     traffic = None
     if (folder / "traffic.json").is_file():
         traffic = RouterTraffic.load(folder / "traffic.json")
@@ -80,15 +78,6 @@ def _read_state(folder: Path) -> dict:
         raise ValueError(f"{path} is no state of a Trainer ({type(error).__name__}: {error}): remove it") from error
 
 
-def _base_model(folder: Path) -> str:
-    """The model itself, or the one that the adapter in `folder` belongs to."""
-    adapter = folder / ADAPTER_CONFIG
-    if (folder / CONFIG_NAME).is_file() or not adapter.is_file():
-        return str(folder)
-    check_folder(folder)
-    return str(read_json(adapter).get("base_model_name_or_path"))
-
-
 def measure_text(record: Record, text: str, tokens: int) -> tuple[RoutingEvaluation, PreTrainedTokenizerBase]:
     """
     Load the model, on a GPU if there is one, and measure its routing of the first `tokens` tokens of `text`.
@@ -99,10 +88,7 @@ def measure_text(record: Record, text: str, tokens: int) -> tuple[RoutingEvaluat
     """
     tokenizer = required_tokenizer(record.model)
     batches = read_text(text, tokenizer, record.config, tokens)
-    if (Path(record.model) / ADAPTER_CONFIG).is_file():
-        read_adapter(record.model, record.config)
-    with known_patterns():
-        model = load_model(record.model)
+    model = load_adapted(record.model, record.config)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return evaluate_routing(model, batches), tokenizer
 

@@ -13,11 +13,11 @@ from typing import Literal
 
 from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
 
-from mohge import MoHGEConfig
+from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.backbones_mohge import FEED_FORWARD_NAMES
 from mohge.info import model_without_memory
-from mohge.loading import find_not_finite
-from mohge.model_cards.folder import ADAPTER, ADAPTER_CONFIG, check_folder, open_weights
+from mohge.loading import find_not_finite, load_model
+from mohge.model_cards.folder import ADAPTER, ADAPTER_CONFIG, check_folder, open_weights, read_json
 
 
 _NAMES = "|".join(FEED_FORWARD_NAMES)
@@ -65,10 +65,16 @@ def _rounded(value: Fraction) -> int:
     return max(1, int(value + Fraction(1, 2))) if value else 0
 
 
+def ignore_deprecation():
+    """Ignores that PEFT and TRL read what transformers will remove: nobody who runs them can change that."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 @contextmanager
 def known_patterns() -> Iterator[None]:
     """Silences peft's warning that ranks match nothing: it looks among modules, and these are of parameters."""
     with warnings.catch_warnings():
+        ignore_deprecation()
         warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern keys did not match")
         yield
 
@@ -133,6 +139,23 @@ def lora_config(
     return LoraConfig(**values)
 
 
+def base_name(folder: str | Path) -> str:
+    """Folder or Hub id of the model itself: `folder`, or what the adapter in it was trained on."""
+    adapter = Path(folder) / ADAPTER_CONFIG
+    if not adapter.is_file():
+        return str(folder)
+    check_folder(Path(folder))
+    return str(read_json(adapter).get("base_model_name_or_path"))
+
+
+def load_adapted(name: str | Path, config: MoHGEConfig, **kwargs) -> MoHGEForCausalLM:
+    """[`load_model`] of a model of `config`, or of an adapter on one. Errors are those of [`read_adapter`] too."""
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        read_adapter(name, config)
+    with known_patterns():
+        return load_model(name, **kwargs)
+
+
 def read_adapter(folder: str | Path, config: MoHGEConfig) -> PeftConfig:
     """
     The configuration of the adapter in a folder, whose file has all tensors that it needs on a model of `config`.
@@ -146,8 +169,10 @@ def read_adapter(folder: str | Path, config: MoHGEConfig) -> PeftConfig:
     check_folder(folder)
     try:
         adapter = PeftConfig.from_pretrained(folder)
+        probe = copy.deepcopy(adapter)
+        probe.base_model_name_or_path = None  # or else peft says that it was renamed
         with known_patterns():
-            model = get_peft_model(model_without_memory(copy.deepcopy(config)), adapter, low_cpu_mem_usage=True)
+            model = get_peft_model(model_without_memory(copy.deepcopy(config)), probe, low_cpu_mem_usage=True)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, re.error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
@@ -196,4 +221,7 @@ def _stacks(prefix: str, ranks: list[int]) -> Iterator[tuple[str, int]]:
             yield f"{prefix}.{projection}_{group}", rank
 
 
-__all__ = ["group_ranks", "known_patterns", "lora_config", "read_adapter"]
+__all__ = [
+    *("base_name", "group_ranks", "ignore_deprecation", "known_patterns", "load_adapted"),
+    *("lora_config", "read_adapter"),
+]

@@ -12,11 +12,11 @@ from mohge import MoHGEConfig, MoHGEForCausalLM
 from mohge.conversion.tokenizer import load_tokenizer
 from mohge.loading import load_model
 from mohge.model_cards.card import make_card
-from mohge.model_cards.folder import ADAPTER_CONFIG, check_folder, matching_files, read_json
+from mohge.model_cards.folder import ADAPTER_CONFIG, matching_files
 from mohge.model_cards.shipped import load_config
 from mohge.model_cards.writing import new_folder, write_file
 
-from .lora import known_patterns, read_adapter
+from .lora import base_name, known_patterns, read_adapter
 
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -53,7 +53,7 @@ def is_quantized(config: MoHGEConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
-def check_merge(base: MoHGEConfig, base_name: str, target: str | Path):
+def check_merge(base: MoHGEConfig, name: str, target: str | Path):
     """
     Check that adapters on the base model can be merged into it, and the result written to `target`.
 
@@ -65,7 +65,7 @@ def check_merge(base: MoHGEConfig, base_name: str, target: str | Path):
         raise FileExistsError(f"`merge`: {target} exists: name another folder, or remove it first")
     if is_quantized(base):
         raise ValueError(
-            f"`merge`: {base_name} is saved quantised, and cannot take an adapter in: train on the model that it was "
+            f"`merge`: {name} is saved quantised, and cannot take an adapter in: train on the model that it was "
             "made of, with `quantize`"
         )
 
@@ -90,13 +90,12 @@ def merge_adapter(adapter: str | Path, target: str | Path, dtype: torch.dtype | 
     adapter, target = Path(adapter), Path(target)
     if not (adapter / ADAPTER_CONFIG).is_file():
         raise FileNotFoundError(f"{adapter} has no {ADAPTER_CONFIG}: give the folder of an adapter to merge")
-    check_folder(adapter)
-    base_name = str(read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path"))
-    config = load_config(base_name)
-    check_merge(config, base_name, target)
+    source = base_name(adapter)
+    config = load_config(source)
+    check_merge(config, source, target)
     adapter_config = read_adapter(adapter, config)
     with new_folder(target, "merge") as temporary:
-        base = load_model(base_name, dtype=torch.float32).eval()
+        base = load_model(source, dtype=torch.float32).eval()
         tokens = torch.randint(config.vocab_size, _CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
         before = _logits(base, tokens)
         with known_patterns():

@@ -1,5 +1,6 @@
 """Supervised fine-tuning on conversations, with TRL (`pip install trl`)."""
 
+import warnings
 from collections.abc import Callable
 
 from datasets import Dataset
@@ -25,7 +26,9 @@ class MoHGESFTTrainer(MoHGETrainer, _ModelLossSFTTrainer):
 
     def __init__(self, model: PreTrainedModel, args: SFTConfig, *more, **kwargs):
         output_router_logits = model.config.output_router_logits
-        super().__init__(model, args, *more, **kwargs)
+        with warnings.catch_warnings():  # of the extra forward that TRL's own loss needs with these
+            warnings.filterwarnings("ignore", "`(compute_loss_func|label_smoothing_factor)` is dep", FutureWarning)
+            super().__init__(model, args, *more, **kwargs)
         model.config.output_router_logits = output_router_logits  # which SFTTrainer switches on for its own loss
 
     def create_model_card(self, *args, **kwargs):

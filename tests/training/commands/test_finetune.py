@@ -1,9 +1,11 @@
 """`mohge finetune` on a small model: all weights, adapters, conversations, merging."""
 
+import json
 import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +162,25 @@ def test_a_folder_that_another_command_makes_is_refused(kind, place, adapter, tm
     assert len(lines) == 1
     assert "another process is writing" in lines[0]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_an_adapter_is_read_by_other_commands_as_the_model_that_it_makes(place, adapter, tmp_path, capsys, recwarn):
+    assert main(["generate", str(place / adapter), "one", "--max-new-tokens=1"]) == 0
+    assert not [str(warning.message) for warning in recwarn if "is_gradient_checkpointing" in str(warning.message)]
+    assert finetune(place, "unused", data=None, model=adapter, merge=tmp_path / "merged") == 0
+    capsys.readouterr()
+    said = {}
+    for model in (place / adapter, tmp_path / "merged"):
+        assert main(["generate", str(model), "one plus", "--temperature=0", "--max-new-tokens=8"]) == 0
+        assert main(["eval", str(model), "--datasets", str(place / "text.txt"), "--sequence-length=32"]) == 0
+        said[model] = capsys.readouterr().out.replace(str(model), "MODEL")
+    assert len({*said.values()}) == 1, said
+    assert not [str(warning.message) for warning in recwarn if "base_model_name_or_path" in str(warning.message)]
+    shutil.copytree(place / adapter, tmp_path / "broken")
+    save_file({}, tmp_path / "broken" / "adapter_model.safetensors", {"format": "pt"})
+    for command in (["generate", str(tmp_path / "broken"), "one"], ["eval", str(tmp_path / "broken"), "--datasets=."]):
+        assert main(command) == 2
+        assert "adapter_model.safetensors lacks the tensor" in capsys.readouterr().err
 
 
 def test_a_merge_that_rounds_the_adapter_away_fails_and_leaves_the_adapter(tmp_path, capsys):
@@ -324,6 +345,14 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(place, flags, messa
     assert message in error
     assert not (place / "refused").exists()
     assert not (place / "new").exists()
+
+
+def test_a_run_without_an_entry_in_its_log_says_its_loss_and_its_adapter_where_its_base_is(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    assert finetune(Path(), "silent", max_steps=2, logging_steps=500, lora_rank=2) == 0
+    assert re.match(r"step 2/2  mean loss \d+\.\d+\n", capsys.readouterr().out)
+    adapter = json.loads((place / "silent" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(place / "base")
 
 
 def test_conversations_that_are_all_too_long_are_refused(place, capsys):

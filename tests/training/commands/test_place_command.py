@@ -12,6 +12,8 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from model_cases import make_config
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from mohge import MoHGEConfig
 from mohge.commands.main import main
@@ -32,6 +34,13 @@ def model(tmp_path) -> MoHGEConfig:
 def place(capsys, *arguments) -> str:
     assert main(["place", *map(str, arguments)]) == 0
     return capsys.readouterr().out
+
+
+def test_nothing_is_said_of_training_or_of_attention(capsys, model, tmp_path, caplog, new_warnings):
+    with CaptureLogger(logging.get_logger("transformers")) as said:
+        place(capsys, tmp_path / "a model", "--devices", 2)
+    assert said.out == ""
+    assert not caplog.records
 
 
 def test_text_on_the_release(capsys):

@@ -187,6 +187,36 @@ def test_training_in_a_thread_does_without_signals(tmp_path):
     assert steps == [2]
 
 
+# What a run says, and how fast it is.
+
+
+class Clock(TrainerCallback):
+    """A step takes one second, and an evaluation or a checkpoint a hundred."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.now += 1
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.now += 100
+
+    on_save = on_evaluate
+
+
+def test_evaluations_and_checkpoints_are_left_out_of_the_speed_of_training(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(trainer, "time", clock)
+    apart = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    run = train(CONFIG, str(tmp_path), MoHGETrainer, callbacks=[clock], steps=4, logging_steps=2, **apart)
+    speeds = [entry["tokens_per_second"] for entry in run.state.log_history if "loss" in entry]
+    assert speeds == [TOKENS, TOKENS]
+
+
 # The record of each expert's load.
 
 

@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trainer_runs import config, train
 from transformers import Trainer
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from mohge.training import MoHGETrainer
 
@@ -36,6 +38,37 @@ def test_best_checkpoint_is_kept_when_the_folder_moves(trainer_class, tmp_path):
     state = trainer.model.state_dict()
     assert all(torch.equal(state[name], best[name]) for name in best)
     assert not torch.equal(best["lm_head.weight"], last["lm_head.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["head of its own", "tied embeddings"])
+def test_run_goes_on_from_all_of_the_weights_and_without_a_word(tied, tmp_path):
+    run = {
+        "model_config": config(tie_word_embeddings=tied),
+        "folder": str(tmp_path),
+        "trainer_class": MoHGETrainer,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "load_best_model_at_end": True,
+        **SAVE_EACH_STEP,
+    }
+    train(steps=2, **run)
+    checkpoint = tmp_path / "checkpoint-2"
+    with CaptureLogger(logging.get_logger("transformers")) as said:
+        trainer = train(steps=3, **run, resume_from_checkpoint=str(checkpoint))
+    assert said.out == ""
+    assert (trainer.model.lm_head.weight is trainer.model.get_input_embeddings().weight) == tied
+
+    whole = load_file(checkpoint / "model.safetensors")
+    assert ("lm_head.weight" in whole) != tied
+    name = "model.embed_tokens.weight"
+    for tensors, reason in (
+        ({key: whole[key] for key in whole if key != name}, f"it lacks the weight {name}"),
+        ({**whole, "x": whole[name].clone()}, "it has a weight that its config has no place for, x"),
+        ({**whole, name: whole[name][1:].clone()}, "size mismatch"),
+    ):
+        save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"checkpoint-2 cannot be read \((?s:.*){reason}"):
+            train(steps=3, **run, resume_from_checkpoint=str(checkpoint))
 
 
 def test_the_token_is_in_no_file(tmp_path):

@@ -53,9 +53,10 @@ def test_the_loss_is_the_divergence_from_the_teacher(items):
     [("text.txt", {}), ("chat.jsonl", {}), ("text.txt", {"lora_rank": 2}), ("pairs.jsonl", {"lora_rank": 2})],
     ids=["text", "conversations", "adapters", "adapters on completions"],
 )
-def test_a_student_comes_nearer(data, flags, place, tmp_path):
+def test_a_student_comes_nearer(data, flags, place, tmp_path, recwarn):
     flags = {"distill": place / "base", "max_steps": 10, "learning_rate": 5e-3, **flags}
     assert finetune(place, tmp_path / "run", data, "student", **flags) == 0
+    assert not [str(warning.message) for warning in recwarn if "compute_loss_func" in str(warning.message)]
     divergence = [entry["lm_loss"] for entry in log(tmp_path / "run")]
     assert 0.01 < divergence[0] < 5
     assert divergence[-1] < 0.9 * divergence[0]

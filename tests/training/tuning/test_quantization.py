@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM
 
 from mohge import MoHGEConfig, MoHGEForCausalLM
+from mohge.commands.main import main
 from mohge.training.tuning.quantization import expert_quantization
 
 
@@ -157,10 +158,14 @@ def test_adapters_on_attention_are_trained_beside_quantised_experts_and_merged(p
         assert changed == ("self_attn" in name), name
 
 
-def test_adapters_are_trained_on_a_model_that_was_saved_quantised(place, capsys):
+def test_adapters_are_trained_on_a_model_that_was_saved_quantised(place, capsys, new_warnings, caplog):
     quantize(place, "saved", "int8")
     flags = {"model": "saved", "lora_rank": 4, "lora_targets": "attention"}
     assert finetune(place, "on_saved", **flags, max_steps=2) == 0
+    assert "experts_implementation" not in caplog.text
+    on_saved = place / "on_saved"
+    assert f'next: mohge generate {on_saved} "PROMPT"' in capsys.readouterr().out
+    assert main(["generate", str(on_saved), "one", "--max-new-tokens=2"]) == 0
     assert finetune(place, "refused", **flags, merge=place / "never") == 2
     assert "saved quantised, and cannot take an adapter in" in capsys.readouterr().err
     assert finetune(place, "refused", data=None, model="on_saved", merge=place / "never") == 2
