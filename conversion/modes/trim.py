@@ -46,9 +46,7 @@ class Trim(Mode):
             refused, why = _WITH_KEEP - _WITH_WIDTHS, "goes with `keep`"
         if isinstance(self.source, MoHGE):
             if recipe.widths is not None:
-                raise ValueError(
-                    "`widths` do not apply to a MoHGE model, whose experts have widths of their own: use `keep`"
-                )
+                raise ValueError("`widths` do not apply to a MoHGE model, which has widths already: use `keep`")
             refused, why = refused | _OF_THE_ROUTER, "does not apply to a MoHGE model, whose router stays"
         for option in sorted(refused):
             if getattr(recipe, option) is not None:
