@@ -54,8 +54,8 @@ def even(layers: list[LayerSaliency], tables: list[Choices]) -> list[Choices]:
     """
     The choices of layers with their losses on one scale: where all experts have half of their width, layers lose the
     same, unless they differ by more than `_APART`. Narrowed one at a time, layers do cost what saliency says, the
-    first ones most; narrowed together, what is taken from the last ones to spare the first costs more than it saves (on
-    the mixture made of SmolLM2, whether layers are weighed by saliency or by the KL divergence that each one causes).
+    first ones most; narrowed together, what is taken from the last ones to spare the first costs more than it saves
+    (on the mixture made of SmolLM2, whether layers are weighed by saliency or by the KL divergence that each causes).
     """
     halves = np.array([sum(curve[len(curve) // 2].item() for curve in layer.lost) for layer in layers])
     typical = np.median(halves[halves > 0]) if halves.any() else 1.0
