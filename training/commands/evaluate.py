@@ -3,8 +3,11 @@
 import argparse
 import itertools
 import json
+import logging
 import math
+import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +186,13 @@ def _evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'mohge[evaluation]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of models that are given to it loaded
+    subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
+    for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):  # their bars do not ask TQDM_DISABLE
+        setattr(subject, request, partial(getattr(subject, request), disable_tqdm=not sys.stderr.isatty()))
     try:
         evaluated = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
+            model=subject,
             tasks=options.tasks,
             num_fewshot=options.num_fewshot,
             limit=options.limit,

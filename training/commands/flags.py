@@ -158,6 +158,9 @@ _MOST_USED = (
     "resume_from_checkpoint",
 )
 
+DEFAULTS = {"logging_steps": 10}
+"""Defaults of ours, where those of `TrainingArguments` leave a short run without a word."""
+
 
 class _Flag(NamedTuple):
     """A flag for its help."""
@@ -200,7 +203,7 @@ def _trainer_flags() -> list[_Flag]:
                 node.target.id,
                 above[-1] if above else "others",
                 ast.unparse(node.annotation),
-                default.value if isinstance(default, ast.Constant) else None,
+                DEFAULTS.get(node.target.id, default.value if isinstance(default, ast.Constant) else None),
                 _help(values["metadata"]),
             )
         )

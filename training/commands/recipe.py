@@ -26,7 +26,7 @@ from mohge.training.loop.failure import RunFailed, is_lost_touch, writing
 from mohge.training.loop.trainer import MoHGETrainer
 from mohge.training.loop.watchdog import meet
 
-from .flags import RECIPE_NAME, read_recipe
+from .flags import DEFAULTS, RECIPE_NAME, read_recipe
 
 
 logger = logging.get_logger(__name__)
@@ -95,6 +95,7 @@ def parse_recipe(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(**DEFAULTS)
     if not torch.accelerator.is_available():
         parser.set_defaults(use_cpu=True)
         # Or else accelerate takes each process of a CPU run for the only one.

@@ -169,6 +169,12 @@ def test_documentation_lists_every_recipe():
 # Arguments.
 
 
+def test_a_short_run_is_not_silent():
+    (_, training), given = parse_recipe("mohge train", "", [PretrainArguments, TrainingArguments], ["--model=x"])
+    assert training.logging_steps == 10
+    assert "logging_steps" not in given
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_is_what_the_command_parses(recipe):
     own, training = arguments_of(recipe)

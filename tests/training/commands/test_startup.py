@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def test_help_of_training_begins_with_our_flags(quick):
     ]
     assert places == sorted(places)
     assert printed.index("  --sequence_length") < printed.index("  --learning_rate") < printed.index("  --adam_beta1")
+    assert re.search(r"--logging_steps X .*?\(default: 10\)\n  --eval_strategy", printed, re.DOTALL)
 
 
 ORDERS = {
