@@ -181,17 +181,18 @@ def _evaluate_tasks(
     if not options.tasks:
         return {}
     try:
-        import lm_eval
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(f"--tasks needs lm-evaluation-harness ({error}): pip install 'mohge[evaluation]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of models that are given to it loaded
+    evaluator.get_git_commit_hash = lambda: None  # or git prints that it finds no repository here
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
     for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):  # their bars do not ask TQDM_DISABLE
         setattr(subject, request, partial(getattr(subject, request), disable_tqdm=not sys.stderr.isatty()))
     try:
-        evaluated = lm_eval.simple_evaluate(
+        evaluated = evaluator.simple_evaluate(
             model=subject,
             tasks=options.tasks,
             num_fewshot=options.num_fewshot,

@@ -182,7 +182,8 @@ def test_text_without_anything_to_predict_is_refused(saved, model, tmp_path, cap
     assert not (model / "evaluation.json").exists()
 
 
-def test_task_of_the_harness(saved, model, tasks, capsys, caplog):
+def test_task_of_the_harness(saved, model, tasks, capfd, caplog, monkeypatch):
+    monkeypatch.chdir(saved)  # which is in no git repository
     net, tokenizer = MoHGEForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     questions, choices = ["one two", "seven", "nine ten"], [" three", " eight", " one two"]
 
@@ -201,7 +202,9 @@ def test_task_of_the_harness(saved, model, tasks, capsys, caplog):
     (result,) = json.loads((model / "evaluation.json").read_text())["results"]
     assert result["task"] == "mohge_choice"
     assert result["metrics"]["acc,none"] == pytest.approx(2 / 3)
-    assert "loglikelihood" not in capsys.readouterr().err  # no bar of the harness where there is no terminal
+    printed = capfd.readouterr().err
+    assert "loglikelihood" not in printed  # no bar of the harness where there is no terminal
+    assert "git" not in printed
     assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
 
 
