@@ -151,8 +151,9 @@ class StopSignalCallback(TrainerCallback):
 class LogLineCallback(TrainerCallback):
     """
     Prints a line for each entry of a [`MoHGETrainer`]'s log, in place of the dictionary that `Trainer` prints, and no
-    progress bar: step, loss, perplexity, tokens per second of training, time left, and balance, as the largest load of
-    an expert over the mean, minus 1 (`max_vio`). A run that is shorter than `logging_steps` says its mean loss.
+    progress bar: step, loss, perplexity where the loss is the language model's, tokens per second of training, time
+    left, and balance, as the largest load of an expert over the mean, minus 1 (`max_vio`). A run that is shorter than
+    `logging_steps` says its mean loss.
 
     Args:
         trainer ([`MoHGETrainer`]): The trainer that it is added to, from which it takes the callbacks that print.
@@ -170,13 +171,15 @@ class LogLineCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         evaluated = "eval_loss" in logs
-        loss = logs.get("eval_loss", logs.get("lm_loss", logs.get("loss")))
-        if loss is None:  # the summary of the whole run, which its figures are in
+        name = next((name for name in ("eval_loss", "lm_loss", "objective", "loss") if name in logs), None)
+        if name is None:  # the summary of the whole run, which its figures are in
             if not self._has_said and "train_loss" in logs:
                 print(f"step {state.global_step}/{state.max_steps}  mean loss {logs['train_loss']:.4g}", flush=True)
             return
-        parts = [f"step {state.global_step}/{state.max_steps}"]
-        parts += [f"{'held-out ' if evaluated else ''}loss {loss:.4g}", f"perplexity {math.exp(min(loss, 700)):,.4g}"]
+        loss = logs[name]
+        parts = [f"step {state.global_step}/{state.max_steps}", f"{'held-out ' if evaluated else ''}loss {loss:.4g}"]
+        if name != "objective":  # which is a divergence, say
+            parts.append(f"perplexity {math.exp(min(loss, 700)):,.4g}")
         if not evaluated:
             if self._trainer.logged_speed is not None:
                 parts.append(f"{self._trainer.logged_speed:,.0f} tokens/s")

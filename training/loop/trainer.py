@@ -57,8 +57,9 @@ LOAD_RECORDS = 256
 class MoHGETrainer(Trainer):
     """
     `Trainer` that keeps the router losses under label smoothing and `compute_loss_func`, where `Trainer` drops them,
-    and logs the language-model loss (`lm_loss`) and, under `router/`, the value of each router loss and the figures of
-    [`RouterStatistics.summary`]. Otherwise a plain `Trainer` computes the same loss. Arguments are those of `Trainer`.
+    and logs the language-model loss (`lm_loss`), or what these make of it (`objective`), and, under `router/`, the
+    value of each router loss and the figures of [`RouterStatistics.summary`]. Otherwise a plain `Trainer` computes the
+    same loss. Arguments are those of `Trainer`.
 
     It also checkpoints and resumes models that `from_pretrained(..., distributed_config=...)` has spread over ranks,
     which `Trainer` refuses: the weights are gathered into the checkpoint, the optimizer's state is written as each
@@ -146,7 +147,7 @@ class MoHGETrainer(Trainer):
             loss = loss_function(outputs, *args, **kwargs)
             if not self.model.training:
                 return loss
-            self._add("lm_loss", loss)
+            self._add("objective", loss)
             return loss if outputs.aux_loss is None else loss + outputs.aux_loss
 
         return with_router_losses

@@ -33,6 +33,8 @@ from .layout import as_perplexity, as_text, expert_order, group_labels, group_si
 
 _ROWS = 50
 """Rows of a figure's table at most."""
+_OBJECTIVE = "training, without router losses"
+"""The curve of a loss that is not the language model's: a divergence from a teacher, say."""
 _PANELS = 6
 """Layers at most whose experts are drawn over time."""
 
@@ -41,11 +43,10 @@ def loss_curves(history: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """The losses that were logged, by name, as steps and values."""
     training = [entry for entry in history if "loss" in entry]
     curves = {}
-    if any("lm_loss" in entry for entry in training):
-        curves["training, language model"] = [(e["step"], e["lm_loss"]) for e in training if "lm_loss" in e]
-        curves["training, with router losses"] = [(e["step"], e["loss"]) for e in training]
-    else:
-        curves["training"] = [(e["step"], e["loss"]) for e in training]
+    for key, name in (("lm_loss", "training, language model"), ("objective", _OBJECTIVE)):
+        if any(key in entry for entry in training):
+            curves[name] = [(e["step"], e[key]) for e in training if key in e]
+    curves["training, with router losses" if curves else "training"] = [(e["step"], e["loss"]) for e in training]
     for entry in history:
         for key in entry:
             if match := re.fullmatch(r"eval_(?:(.+)_)?loss", key):
@@ -77,15 +78,17 @@ def loss_exhibit(history: list[dict]) -> Exhibit | None:
     ends = [
         f"{name}: {p[0][1]:.3f} at step {p[0][0]}, {p[-1][1]:.3f} at step {p[-1][0]}" for name, p in curves.items()
     ]
-    (step, first), (last_step, last) = (next(iter(curves.values()))[place] for place in (0, -1))
+    name, points = next(iter(curves.items()))
+    (step, first), (last_step, last) = points[0], points[-1]
+    perplexity = f", that is a perplexity of {as_perplexity(math.exp(min(last, 700)))} on the text it is trained on"
     by_step = {name: dict(points) for name, points in curves.items()}
     steps = evenly(sorted({step for points in by_step.values() for step in points}), _ROWS)
     return Exhibit(
         "Loss",
         "Mean loss of a predicted token, in nats. The dashed line is what the optimizer sees. The axis does not "
         "begin at 0.",
-        f"The loss in training went from {first:.3f} at step {step:,} to {last:.3f} at step {last_step:,}, that is a "
-        f"perplexity of {as_perplexity(math.exp(min(last, 700)))} on the text it is trained on.",
+        f"The loss in training went from {first:.3f} at step {step:,} to {last:.3f} at step {last_step:,}"
+        f"{'' if name == _OBJECTIVE else perplexity}.",
         f"Line chart of the loss against the step. {'; '.join(ends)}.",
         draw,
         (300 + 20 * len(curves), 280 + 20 * len(curves)),

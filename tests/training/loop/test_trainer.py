@@ -96,7 +96,7 @@ def test_own_losses_keep_the_router_losses(kind, accumulation, tmp_path):
     z = logged(runs[MoHGETrainer, "z"], "router/z")[0]
     assert z > 0.1
     assert values[MoHGETrainer, "z"] == pytest.approx(values[MoHGETrainer, None] + z, rel=1e-5)
-    assert logged(runs[MoHGETrainer, "z"], "lm_loss")[0] == pytest.approx(values[Trainer, None], rel=1e-5)
+    assert logged(runs[MoHGETrainer, "z"], "objective")[0] == pytest.approx(values[Trainer, None], rel=1e-5)
 
 
 def test_plain_trainer_smooths_labels_against_the_next_token(tmp_path):

@@ -7,6 +7,7 @@ from model_cases import make_ids, make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mohge import MoHGEForCausalLM
+from mohge.training.report.over_time import loss_exhibit
 from mohge.training.tuning.distillation import DistillationLoss
 
 
@@ -53,19 +54,23 @@ def test_the_loss_is_the_divergence_from_the_teacher(items):
     [("text.txt", {}), ("chat.jsonl", {}), ("text.txt", {"lora_rank": 2}), ("pairs.jsonl", {"lora_rank": 2})],
     ids=["text", "conversations", "adapters", "adapters on completions"],
 )
-def test_a_student_comes_nearer(data, flags, place, tmp_path, recwarn):
+def test_a_student_comes_nearer(data, flags, place, tmp_path, recwarn, capsys):
     flags = {"distill": place / "base", "max_steps": 10, "learning_rate": 5e-3, **flags}
     assert finetune(place, tmp_path / "run", data, "student", **flags) == 0
     assert not [str(warning.message) for warning in recwarn if "compute_loss_func" in str(warning.message)]
-    divergence = [entry["lm_loss"] for entry in log(tmp_path / "run")]
+    divergence = [entry["objective"] for entry in log(tmp_path / "run")]
     assert 0.01 < divergence[0] < 5
     assert divergence[-1] < 0.9 * divergence[0]
+    printed = capsys.readouterr().out
+    assert f"loss {divergence[0]:.4g}  " in printed
+    assert "perplexity" not in printed  # of a divergence there is none
+    assert "perplexity" not in loss_exhibit(log(tmp_path / "run")).finding
     assert all("router/load_balancing" in entry or "aux_loss" not in entry for entry in log(tmp_path / "run"))
 
 
 def test_its_own_teacher_has_nothing_to_teach(place, tmp_path):
     assert finetune(place, tmp_path / "run", model="base", distill=place / "base", max_steps=1) == 0
-    assert abs(log(tmp_path / "run")[0]["lm_loss"]) < 1e-5
+    assert abs(log(tmp_path / "run")[0]["objective"]) < 1e-5
 
 
 def test_teachers_that_will_not_do(place, tmp_path, capsys):
