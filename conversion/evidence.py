@@ -10,7 +10,7 @@ What unequal widths are worth when a model is compressed: `python -m mohge.conve
 `measure` narrows the experts of SOURCE, a mixture or a dense model, in memory, with survey, allocation and refit as in
 `mohge convert --mode trim`, and measures perplexity, KL divergence to SOURCE, and both axes: neurons kept, and neurons
 used as routed. The calibration text of seed n is the n-th piece of the end of TEXT; `mixture` trains on the beginning.
-What FILE has is not measured again.
+`compare` also takes what `mohge eval` says of tasks. What FILE has is not measured again.
 """
 
 import argparse
@@ -275,9 +275,12 @@ def compare(options: argparse.Namespace):
         row = subject.measure(held_out, subject.widths, reference)
         row |= {"used": row["used"] + shared, "kept": (sum(map(sum, subject.widths)) + shared) / whole}
         facts = {"source": options.source.name, "machine": machine(), "contestant": folder.name}
-        receipt = folder / "conversion_report.json"
+        receipt, evaluation = folder / "conversion_report.json", folder / "evaluation.json"
         if receipt.exists():  # a model that has been trained since has none
             facts |= json.loads(receipt.read_text(encoding="utf-8"))["parameters"]["after"]
+        if evaluation.exists():
+            results = json.loads(evaluation.read_text(encoding="utf-8"))["results"]
+            facts["tasks"] = {result["task"]: result["metrics"] for result in results if "task" in result}
         write_row(options.results, facts | row)
         print(
             f"{folder.name}: perplexity {np.exp(np.mean(row['losses'])):.2f} KL {row['kl']:.3f} used {row['used']:.0f}"

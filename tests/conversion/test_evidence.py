@@ -56,12 +56,18 @@ def test_measure_and_compare(place, monkeypatch, capsys):
     control = place / "control"
     run(monkeypatch, "uniform", place / "olmoe", control, "--keep", 0.5, *text[:2], "--calibration-blocks", 6)
     assert read_config(control)["moe_intermediate_sizes"] == [EXPERT_WIDTH // 2]
+    metrics = {"acc,none": 0.5}
+    evaluation = {
+        "results": [{"task": "continuation", "metrics": metrics}, {"dataset": "text", "metrics": {"loss": 1}}]
+    }
+    (control / "evaluation.json").write_text(json.dumps(evaluation))
     (control / "conversion_report.json").unlink()  # as of a model that has been trained since
     folders = [place / "trimmed", control]
     run(monkeypatch, "compare", place / "olmoe", *folders, *text[2:], "--results", place / "made.jsonl")
     made, narrowed = [json.loads(line) for line in (place / "made.jsonl").read_text().splitlines()]
     assert narrowed["kept"] == 0.5
     assert narrowed["used"] == pytest.approx(source["used"] / 2)
+    assert narrowed["tasks"] == {"continuation": metrics}
     assert "activated_as_routed" in made
     assert "activated_as_routed" not in narrowed
     ids = evidence.blocks(place / "text.txt", place / "olmoe", 4)
