@@ -1,5 +1,6 @@
 """The mathematics of calibration, against brute force over the tokens."""
 
+import re
 from argparse import Namespace
 
 import pytest
@@ -238,8 +239,12 @@ def test_elimination_without_refit_goes_by_saliency():
     assert lost[W] == 0
 
 
-def test_the_benchmark_of_calibration_runs(tmp_path):
-    """And finds the states that the whole model has."""
+def test_the_benchmark_of_calibration_runs(tmp_path, capsys):
+    """And finds the states that the whole model has, or else it ends with an error."""
     sizes = {"hidden_size": 64, "width": 32, "layers": 2, "experts": 4, "tokens": 1024, "dtype": "float32"}
     benchmark._make_source(Namespace(**sizes), tmp_path / "source")
     benchmark._measure_calibration(tmp_path, Namespace(**sizes))
+    head, _, row = capsys.readouterr().out.split("\n")[1:4]
+    assert head.startswith("| 1024 tokens |")
+    assert re.fullmatch(r"\| trim \| \d+\.\d+ \| \d+\.\d+ \| \d+\.\d+ \|", row)
+    assert not (tmp_path / "calibrated").exists()

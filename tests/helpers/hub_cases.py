@@ -61,9 +61,8 @@ class Result(NamedTuple):
 
 def hub_environment(hub: HubServer, home: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    # The worker has imported tqdm when the command asks it, by this name, for no bars.
-    environment["TQDM_DISABLE"] = "1"
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    own["TQDM_DISABLE"] = "1"  # which the command sets too late where tqdm has been imported
     return environment | own | {"HF_TOKEN": TOKEN}
 
 
